@@ -2,6 +2,7 @@
 
 import asyncio
 import ctypes
+import functools
 import heapq
 import itertools
 import os
@@ -83,6 +84,7 @@ class Alarms:
         self._fallback = self._loop.call_later(max(0.0, (when - now()) / SECOND), self._run_due)
 
 
+@functools.cache
 def _libc() -> ctypes.CDLL:
     return ctypes.CDLL(None, use_errno=True)
 

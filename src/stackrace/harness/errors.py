@@ -1,12 +1,12 @@
 """Every error that stackrace raises on purpose.
 
-    StackraceError
-    ├── UsageError          what was asked for cannot be done: one line, exit code 2
-    ├── EngineError         an engine did not start, or stopped
-    │   ├── EngineDied      it exited; carries the tail of its log
-    │   └── EngineTimeout   it runs, but gave no token in time
-    ├── ProtocolError       a server answered something that is not the dialect we speak
-    └── PointFailed         a point of a sweep ended without a result; its folder says why
+StackraceError
+├── UsageError          what was asked for cannot be done: one line, exit code 2
+├── EngineError         an engine did not start, or stopped
+│   ├── EngineDied      it exited; carries the tail of its log
+│   └── EngineTimeout   it runs, but gave no token in time
+├── ProtocolError       a server answered something that is not the dialect we speak
+└── PointFailed         a point of a sweep ended without a result; its folder says why
 """
 
 

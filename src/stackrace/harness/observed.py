@@ -1,0 +1,127 @@
+"""What a run's records say per request, as arrays: the ground that every metric stands on."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from stackrace.harness.clock import SECOND
+
+Floats = npt.NDArray[np.float64]
+Mask = npt.NDArray[np.bool_]
+
+
+class Window(NamedTuple):
+    """A stretch of the run, in seconds after its start."""
+
+    begin: float
+    end: float
+
+    @property
+    def seconds(self) -> float:
+        """Its length."""
+        return self.end - self.begin
+
+    def holds(self, times: Floats) -> Mask:
+        """Which of the times (s, shape [n]) lie in the window, both ends included; NaN lies in none."""
+        return (times >= self.begin) & (times <= self.end)
+
+
+@dataclass(frozen=True)
+class Observed:
+    """The records of one run. Arrays have one entry a request, seconds, NaN where undefined."""
+
+    records: pd.DataFrame
+    slo: Mapping[str, float | None] = field(default_factory=dict)  # metric name -> limit in the metric's own unit
+
+    def column(self, name: str) -> Floats:
+        """A time column in seconds after the start of the run."""
+        return self.count(name) / SECOND
+
+    def count(self, name: str) -> Floats:
+        """An integer column as floats, NaN where missing."""
+        return self.records[name].to_numpy(dtype=np.float64, na_value=np.nan)
+
+    @cached_property
+    def censored(self) -> Mask:
+        """In flight at the cutoff."""
+        return self.records["censored"].to_numpy(dtype=np.bool_)
+
+    @cached_property
+    def failed(self) -> Mask:
+        """Ended in an error."""
+        return self.records["error"].notna().to_numpy() & ~self.censored
+
+    @cached_property
+    def ok(self) -> Mask:
+        """Ended by themselves and brought at least one token."""
+        return ~self.failed & ~self.censored & (self.tokens > 0)
+
+    @cached_property
+    def times(self) -> list[Floats]:
+        """For each request the times of its chunks."""
+        return [np.asarray(t, dtype=np.float64) / SECOND for t in self.records["chunk_times"]]
+
+    @cached_property
+    def counts(self) -> list[Floats]:
+        """For each request the tokens of its chunks."""
+        return [np.asarray(c, dtype=np.float64) for c in self.records["chunk_tokens"]]
+
+    @cached_property
+    def tokens(self) -> Floats:
+        """Tokens received, by the chunks."""
+        return np.array([c.sum() for c in self.counts], dtype=np.float64)
+
+    @cached_property
+    def first_tokens(self) -> Floats:
+        """Tokens in the first chunk."""
+        return np.array([c[0] if len(c) else np.nan for c in self.counts])
+
+    @cached_property
+    def first(self) -> Floats:
+        """Time of the first chunk with a token."""
+        return np.array([t[0] if len(t) else np.nan for t in self.times])
+
+    @cached_property
+    def last(self) -> Floats:
+        """Time of the last chunk with a token."""
+        return np.array([t[-1] if len(t) else np.nan for t in self.times])
+
+    @cached_property
+    def whole(self) -> Window | None:
+        """First due to last token."""
+        if not np.isfinite(self.last).any():
+            return None
+        return _window(self.column("due").min(), np.nanmax(self.last))
+
+    @cached_property
+    def steady(self) -> Window | None:
+        """From the first request that finished to the last that was sent: neither ramp-up nor drain."""
+        sent = self.column("sent")
+        if not self.ok.any() or not np.isfinite(sent).any():
+            return None
+        return _window(self.last[self.ok].min(), np.nanmax(sent))
+
+    def tokens_in(self, window: Window) -> float:
+        """Output tokens that arrived in the window, of every request, finished or not."""
+        if not self.times:
+            return 0.0
+        times, counts = np.concatenate(self.times), np.concatenate(self.counts)
+        return float(counts[window.holds(times)].sum())
+
+    def in_flight(self) -> tuple[Floats, Floats]:
+        """Requests in flight as a step function: times (s), and the number from each on."""
+        sent, end = self.column("sent"), self.column("end")
+        there = np.isfinite(sent) & np.isfinite(end)
+        times = np.concatenate([sent[there], end[there]])
+        steps = np.concatenate([np.ones(there.sum()), -np.ones(there.sum())])
+        order = np.argsort(times, kind="stable")
+        return times[order], np.cumsum(steps[order])
+
+
+def _window(begin: float, end: float) -> Window | None:
+    return Window(float(begin), float(end)) if end > begin else None
