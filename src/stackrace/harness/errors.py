@@ -9,6 +9,9 @@ StackraceError
 └── PointFailed         a point of a sweep ended without a result; its folder says why
 """
 
+from collections.abc import Callable
+from typing import Any
+
 
 class StackraceError(Exception):
     """Base of all errors below."""
@@ -30,9 +33,20 @@ class EngineTimeout(EngineError):
     """The engine runs but did not answer in time."""
 
 
+class LoadGeneratorDied(StackraceError):
+    """The load generator's process ended before the race was over; the message ends with what it printed."""
+
+
 class ProtocolError(StackraceError):
     """A server answered bytes that are not the dialect we speak; the message quotes them."""
 
 
 class PointFailed(StackraceError):
     """One point of a sweep ended without a result; its run folder says why."""
+
+
+def require(name: str, value: object, kind: type | tuple[type, ...], holds: Callable[[Any], bool], wanted: str) -> None:
+    """Raise a UsageError naming the setting and its value unless it is of `kind` and `holds` is true of it."""
+    fits = isinstance(value, kind) and not (isinstance(value, bool) and kind is not bool)
+    if not fits or not holds(value):
+        raise UsageError(f"{name}={value!r}: must be {wanted}")

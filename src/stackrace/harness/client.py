@@ -1,0 +1,153 @@
+"""One request over one connection: send the bytes, keep what comes back with its time, and do nothing else."""
+
+import asyncio
+from collections.abc import Callable
+
+from stackrace.harness.clock import now
+from stackrace.harness.connections import Connection
+from stackrace.harness.dialect import Read
+
+_LAST_CHUNK = b"\r\n0\r\n\r\n"
+
+
+class Exchange:
+    """Sends `payload` and collects reads until the response is complete; then calls `on_end(self)` once."""
+
+    __slots__ = (
+        "_end_of_response",
+        "_loop",
+        "_on_end",
+        "_pending",
+        "body_sent",
+        "connection",
+        "end",
+        "error",
+        "is_reusable",
+        "reads",
+        "sent",
+    )
+
+    def __init__(self, payload: bytes, loop: asyncio.AbstractEventLoop, on_end: Callable[["Exchange"], None]) -> None:
+        self.connection: Connection | None = None
+        self.reads: list[Read] = []
+        self.sent: int | None = None
+        self.body_sent: int | None = None
+        self.end: int | None = None
+        self.error: str | None = None
+        self.is_reusable = False
+        self._loop = loop
+        self._on_end = on_end
+        self._pending = memoryview(payload)
+        self._end_of_response = _EndOfResponse()
+
+    def start(self, connection: Connection) -> None:
+        """Send now."""
+        self.connection = connection
+        self._loop.add_reader(connection.fd, self._on_readable)
+        self.sent = now()
+        self._write()
+
+    def give_up(self, error: str | None) -> None:
+        """Stop here and close the connection, whatever has come."""
+        if self.end is None:
+            self._finish(error)
+
+    @property
+    def last_activity(self) -> int | None:
+        """When something last arrived or was sent."""
+        return self.reads[-1].stamp if self.reads else self.sent
+
+    def _write(self) -> None:
+        assert self.connection is not None
+        try:
+            taken = self.connection.send(self._pending)
+        except OSError as e:
+            self._finish(f"{type(e).__name__}: {e}")
+            return
+        self._pending = self._pending[taken:]
+        if not self._pending:
+            self.body_sent = now()
+        else:
+            self._loop.add_writer(self.connection.fd, self._on_writable)
+
+    def _on_writable(self) -> None:
+        assert self.connection is not None
+        self._loop.remove_writer(self.connection.fd)
+        self._write()
+
+    def _on_readable(self) -> None:
+        assert self.connection is not None
+        try:
+            reads = self.connection.receive()
+        except BlockingIOError:
+            return
+        except OSError as e:
+            self._finish(f"{type(e).__name__}: {e}")
+            return
+        for read in reads:
+            if not read.data:
+                self._on_eof()
+                return
+            self.reads.append(read)
+            if self._end_of_response.seen(read.data):
+                self.is_reusable = self._end_of_response.keeps_alive
+                self._finish(None)
+                return
+
+    def _on_eof(self) -> None:
+        if self.reads and self._end_of_response.is_at_close:
+            self._finish(None)
+        else:
+            self._finish("connection closed by the server before the end of its response")
+
+    def _finish(self, error: str | None) -> None:
+        self.end = now()
+        self.error = error
+        if self.connection is not None and self.connection.fd >= 0:
+            self._loop.remove_reader(self.connection.fd)
+            self._loop.remove_writer(self.connection.fd)
+            if not self.is_reusable:
+                self.connection.close()
+        self._on_end(self)
+
+
+class _EndOfResponse:
+    """Tells from the raw bytes, without parsing them, when an HTTP/1.1 response is over."""
+
+    __slots__ = ("_head", "_left", "_tail", "is_at_close", "keeps_alive")
+
+    def __init__(self) -> None:
+        self._head: bytes | None = b""  # None once the headers are complete
+        self._left: int | None = None  # body bytes still to come, where the headers told
+        self._tail = b""
+        self.is_at_close = False
+        self.keeps_alive = True
+
+    def seen(self, data: bytes) -> bool:
+        """Whether the response ends with `data`, the next bytes of it."""
+        if self._head is not None:
+            self._head += data
+            head, separator, data = self._head.partition(b"\r\n\r\n")
+            if not separator:
+                return False
+            self._read_head(head.lower())
+            data = b"\r\n" + data  # so that an empty chunked body ends like any other
+            if self._left is not None:
+                self._left += 2
+        if self._left is not None:
+            self._left -= len(data)
+            return self._left <= 0
+        self._tail = (self._tail + data)[-len(_LAST_CHUNK) :] if len(data) < len(_LAST_CHUNK) else data[-7:]
+        return not self.is_at_close and self._tail == _LAST_CHUNK
+
+    def _read_head(self, head: bytes) -> None:
+        self._head = None
+        fields = dict(line.split(b":", 1) for line in head.split(b"\r\n")[1:] if b":" in line)
+        self.keeps_alive = b"close" not in fields.get(b"connection", b"")
+        if b"chunked" in fields.get(b"transfer-encoding", b""):
+            return
+        length = fields.get(b"content-length", b"").strip()
+        if length.isdigit():
+            self._left = int(length)
+        else:
+            self.is_at_close = True

@@ -1,0 +1,218 @@
+"""The wire: a request's bytes, and what the bytes of a response say. Pure; no sockets, no clock."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+import httptools
+import orjson
+
+from stackrace.harness.errors import ProtocolError
+from stackrace.harness.types import Endpoint, Request
+
+
+class Read(NamedTuple):
+    """One recvmsg: nanoseconds of the user-space stamp, ancillary data, bytes."""
+
+    stamp: int
+    ancillary: list[tuple[int, int, bytes]]
+    data: bytes
+
+
+@dataclass(slots=True)
+class Answer:
+    """What a response said. Times are the stamps of the reads that completed each event."""
+
+    status: int = 0
+    keep_alive: bool = False
+    complete: bool = False  # the HTTP message reached its end
+    done: bool = False  # data: [DONE] was seen
+    chunk_times: list[int] = field(default_factory=list)
+    chunk_tokens: list[int] = field(default_factory=list)
+    output_ids: list[int] = field(default_factory=list)
+    prompt_tokens: int | None = None
+    output_tokens: int | None = None
+    cached_tokens: int | None = None
+    token_source: str | None = None
+    error: str | None = None
+
+
+def request_bytes(endpoint: Endpoint, request: Request) -> bytes:
+    """POST …/v1/completions as HTTP/1.1: streamed, the prompt as token ids, usage with every event."""
+    body: dict[str, Any] = {
+        "model": endpoint.model,
+        "prompt": request.prompt,
+        "max_tokens": request.output_tokens,
+        "temperature": request.sampling.temperature,
+        "top_p": request.sampling.top_p,
+        "top_k": request.sampling.top_k,
+        "seed": request.sampling.seed,
+        "ignore_eos": True,
+        "return_token_ids": True,
+        "stream": True,
+        "stream_options": {"include_usage": True, "continuous_usage_stats": True},
+        **endpoint.extra_body,
+    }
+    content = orjson.dumps({k: v for k, v in body.items() if k not in endpoint.omit})
+    url = urlsplit(endpoint.url)
+    headers = {
+        "Host": url.netloc,
+        "Content-Type": "application/json",
+        "Accept": "text/event-stream",
+        "Content-Length": str(len(content)),
+        **endpoint.headers,
+    }
+    head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+    return f"POST {url.path.rstrip('/')}/v1/completions HTTP/1.1\r\n{head}\r\n".encode() + content
+
+
+def parse(reads: Iterable[Read]) -> Answer:
+    """Everything that the reads of one response say. Never raises: what is wrong stands in `error`."""
+    return _Parser().parse(reads)
+
+
+class _Parser:
+    """HTTP framing by httptools, events by the rules of text/event-stream, tokens by ids, usage or text."""
+
+    def __init__(self) -> None:
+        self._http = httptools.HttpResponseParser(self)
+        self._answer = Answer()
+        self._stamp = 0
+        self._body = bytearray()  # of an answer that is no event stream
+        self._events = _EventStream()
+        self._is_stream = False
+
+    def parse(self, reads: Iterable[Read]) -> Answer:
+        for read in reads:
+            self._stamp = read.stamp
+            try:
+                self._http.feed_data(read.data)
+            except httptools.HttpParserError as e:
+                self._fail(f"not HTTP: {e}: {read.data[:80]!r}")
+                break
+        if self._body and self._answer.error is None:
+            self._fail(_plain_error(self._answer.status, bytes(self._body)))
+        return self._answer
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if name.lower() == b"content-type":
+            self._is_stream = value.lower().startswith(b"text/event-stream")
+
+    def on_headers_complete(self) -> None:
+        self._answer.status = self._http.get_status_code()
+
+    def on_body(self, data: bytes) -> None:
+        if self._answer.status != 200 or not self._is_stream:
+            self._body += data
+            return
+        for payload in self._events.feed(data):
+            self._on_event(payload)
+
+    def on_message_complete(self) -> None:
+        self._answer.complete = True
+        self._answer.keep_alive = self._http.should_keep_alive()
+
+    def _on_event(self, payload: bytes) -> None:
+        if payload == b"[DONE]":
+            self._answer.done = True
+            return
+        try:
+            event = orjson.loads(payload)
+            if error := event.get("error"):
+                self._fail(f"error event: {_message(error)}")
+                return
+            self._take_tokens(event)
+        except (ValueError, TypeError, AttributeError, KeyError, ProtocolError) as e:
+            self._fail(f"bad event ({e}): {payload[:120]!r}")
+
+    def _take_tokens(self, event: dict[str, Any]) -> None:
+        answer = self._answer
+        before = answer.output_tokens or 0
+        _take_usage(answer, event.get("usage"))
+        tokens, source = _tokens_of(event, before, answer.output_tokens)
+        if tokens <= 0:
+            return
+        answer.token_source = _weakest(answer.token_source, source)
+        answer.chunk_times.append(self._stamp)
+        answer.chunk_tokens.append(tokens)
+        for choice in event["choices"]:
+            answer.output_ids += choice.get("token_ids") or ()
+
+    def _fail(self, message: str) -> None:
+        if self._answer.error is None:
+            self._answer.error = message
+
+
+class _EventStream:
+    """Cuts a text/event-stream into the data of its events, wherever the reads were cut."""
+
+    def __init__(self) -> None:
+        self._rest = b""
+        self._data: list[bytes] = []
+
+    def feed(self, data: bytes) -> Iterator[bytes]:
+        lines = (self._rest + data).split(b"\n")
+        self._rest = lines.pop()
+        for line in lines:
+            line = line.removesuffix(b"\r")
+            if not line:
+                if self._data:
+                    yield b"\n".join(self._data)
+                    self._data.clear()
+            elif line.startswith(b"data:"):
+                self._data.append(line[5:].removeprefix(b" "))
+
+
+_SOURCES = ("ids", "usage", "text")
+
+
+def _weakest(a: str | None, b: str) -> str:
+    return b if a is None else _SOURCES[max(_SOURCES.index(a), _SOURCES.index(b))]
+
+
+def _tokens_of(event: dict[str, Any], before: int, after: int | None) -> tuple[int, str]:
+    """Tokens that an event brought, and what says so: its ids, the running usage, or failing both its text."""
+    choices = event.get("choices") or []
+    if any(choice.get("token_ids") is not None for choice in choices):
+        return sum(len(choice.get("token_ids") or ()) for choice in choices), "ids"
+    if not choices:
+        return 0, "usage"
+    if event.get("usage") and after is not None:
+        return after - before, "usage"
+    return sum(bool(_text(choice)) for choice in choices), "text"
+
+
+def _text(choice: dict[str, Any]) -> str:
+    delta = choice.get("delta") or {}
+    return choice.get("text") or delta.get("content") or delta.get("reasoning_content") or ""
+
+
+def _take_usage(answer: Answer, usage: dict[str, Any] | None) -> None:
+    if not usage:
+        return
+    answer.prompt_tokens = _count(usage, "prompt_tokens", answer.prompt_tokens)
+    answer.output_tokens = _count(usage, "completion_tokens", answer.output_tokens)
+    details = usage.get("prompt_tokens_details") or {}
+    answer.cached_tokens = _count(details, "cached_tokens", answer.cached_tokens)
+
+
+def _count(fields: dict[str, Any], name: str, before: int | None) -> int | None:
+    value = fields.get(name)
+    if value is None:
+        return before
+    if not isinstance(value, int) or value < 0:
+        raise ProtocolError(f"{name} is {value!r}")
+    return value
+
+
+def _plain_error(status: int, body: bytes) -> str:
+    try:
+        message = _message(orjson.loads(body).get("error"))
+    except (ValueError, AttributeError):
+        message = body[:200].decode(errors="replace")
+    return f"HTTP {status}: {message}" if status != 200 else f"no event stream: {message}"
+
+
+def _message(error: object) -> str:
+    return str(error.get("message", error)) if isinstance(error, dict) else str(error)

@@ -1,0 +1,88 @@
+"""This machine: its cores and how processes are placed on them, what it is, and dying with one's parent."""
+
+import ctypes
+import os
+import platform
+import resource
+import signal
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+from stackrace.harness.errors import UsageError
+
+_PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
+
+
+class Cores(NamedTuple):
+    """Who runs where: the load generator on cores of its own, the engine on the rest."""
+
+    load_generator: tuple[int, ...]
+    engine: tuple[int, ...]
+
+    @property
+    def are_apart(self) -> bool:
+        """The load generator has cores that nothing else of ours uses."""
+        return not set(self.load_generator) & set(self.engine)
+
+
+def split_cores(load_generator: int, engine: int | None) -> Cores:
+    """The last `load_generator` usable cores, and `engine` (None: all) of the others.
+
+    With a single core both share it, and the run says so. UsageError where fewer cores are there than asked.
+    """
+    usable = usable_cores()
+    if len(usable) == 1:
+        return Cores(usable, usable)
+    if load_generator + (engine or 1) > len(usable):
+        raise UsageError(
+            f"hardware.load_generator_cores={load_generator} and hardware.engine_cores={engine or 1} need more than "
+            f"the {len(usable)} cores that this process may use: lower them"
+        )
+    rest = usable[:-load_generator]
+    return Cores(usable[-load_generator:], rest[-engine:] if engine else rest)
+
+
+def usable_cores() -> tuple[int, ...]:
+    """Cores that this process may run on."""
+    if sys.platform == "linux":
+        return tuple(sorted(os.sched_getaffinity(0)))
+    return tuple(range(os.cpu_count() or 1))
+
+
+def pin(cores: tuple[int, ...]) -> None:
+    """Run this process and its future children on `cores` only, where the system can."""
+    if sys.platform == "linux":
+        os.sched_setaffinity(0, cores)
+
+
+def die_with_parent() -> None:
+    """Have the kernel kill this process when its parent dies, however it dies (Linux)."""
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def adopt_orphans() -> None:
+    """Make descendants whose parent died children of this process, so that none can slip away (Linux)."""
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def raise_open_files() -> None:
+    """Allow as many sockets as the system permits."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def cpu_model() -> str:
+    """The processor's name."""
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _prctl(option: int, value: int) -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
