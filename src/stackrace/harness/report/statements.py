@@ -1,0 +1,240 @@
+"""What the numbers say, in words: who is ahead where, by how much, and when nobody may claim to be."""
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+from stackrace.harness.report.numbers import counted, digits, exact
+from stackrace.harness.report.points import Condition, Point
+from stackrace.harness.summary import Metric, metrics
+
+CLOSE = 1.05
+"""Medians nearer to each other than this ratio are too close to call."""
+
+Values = Mapping[str, Sequence[float]]
+
+
+@dataclass(frozen=True, slots=True)
+class Duel:
+    """One condition at which several stacks have valid points: their values, and who is ahead, if anybody is."""
+
+    condition: Condition
+    values: Values
+    leader: str | None
+
+    @property
+    def repeats(self) -> int:
+        """The fewest repeats that any of the stacks has."""
+        return min(len(v) for v in self.values.values())
+
+
+def duels(points: Sequence[Point], metric: Metric, statistic: str) -> list[Duel]:
+    """The comparisons that the points allow: valid, the same condition, the same requests."""
+    groups: dict[Condition, list[Point]] = defaultdict(list)
+    for point in points:
+        if point.valid and point.value(metric.name, statistic) is not None:
+            groups[point.condition].append(point)
+    return [
+        Duel(condition, values, leader(values, metric.better))
+        for condition, group in groups.items()
+        if len(values := _by_stack(group, metric, statistic)) > 1 and same_requests(group)
+    ]
+
+
+def same_requests(points: Sequence[Point]) -> bool:
+    """Whether every repeat replayed one schedule to all stacks, as far as is known."""
+    schedules: dict[int, set[str]] = defaultdict(set)
+    for point in points:
+        if point.schedule is not None:
+            schedules[point.repeat].add(point.schedule)
+    return all(len(hashes) == 1 for hashes in schedules.values())
+
+
+def unlike(points: Sequence[Point]) -> int:
+    """How many conditions no claim is made about, because their stacks did not replay the same schedule."""
+    groups: dict[Condition, list[Point]] = defaultdict(list)
+    for point in points:
+        if point.valid:
+            groups[point.condition].append(point)
+    return sum(not same_requests(group) for group in groups.values())
+
+
+def leader(values: Values, better: str) -> str | None:
+    """The stack whose every repeat beats every repeat of the others, by more than `CLOSE` in the median."""
+    for stack, own in values.items():
+        others = [v for other, v in values.items() if other != stack]
+        if all(_clearly_ahead(own, v, better) for v in others):
+            return stack
+    return None
+
+
+def sentence(points: Sequence[Point], metric: str, statistic: str) -> str:
+    """One line for a chart: the lead at the highest load where there is one, and the tally of all shared points."""
+    m = metrics()[metric]
+    fought = duels(points, m, statistic)
+    if not fought:
+        return _alone(points, m, statistic)
+    example = _example(fought)
+    if example is None:
+        return f"{_tally(fought)} on {name(m, statistic)}: repeats overlap or medians differ by less than 5 %."
+    return f"{_lead(example, m, statistic)} {_tally(fought)}."
+
+
+def frontier_sentence(points: Sequence[Point]) -> str:
+    """One line for throughput against interactivity: who is ahead in one without being behind in the other."""
+    first = duels(points, metrics()["output_throughput"], "whole")
+    second = {d.condition: d for d in duels(points, metrics()["interactivity"], "p50")}
+    both = [(d, second[d.condition]) for d in first if d.condition in second]
+    if not both:
+        return "Nothing to compare: this needs valid points of two stacks at the same load and context."
+    fought = [Duel(t.condition, t.values, _undisputed(t.leader, i.leader)) for t, i in both]
+    won = _example(fought)
+    if won is None:
+        return f"{_tally(fought)} on throughput and interactivity together."
+    speed = second[won.condition]
+    shown = "; ".join(
+        f"{stack}: {digits(median(v))} tok/s at {digits(median(speed.values[stack]))} tok/s/user"
+        for stack, v in won.values.items()
+        if stack in speed.values
+    )
+    return f"A{_where(won)[1:]}, {shown}. {_tally(fought)}."
+
+
+def headline(points: Sequence[Point]) -> str:
+    """The answer of a setting in one line: who is ahead on TTFT, TPOT and output throughput."""
+    stacks = sorted({p.stack for p in points if p.valid})
+    if not stacks:
+        return "No valid points: nothing can be claimed."
+    if len(stacks) == 1:
+        return f"Only {stacks[0]} has valid points: nothing to compare it with."
+    parts = [_standing(points, m, s) for m, s in (("ttft", "p50"), ("tpot", "p50"), ("output_throughput", "whole"))]
+    known = [part for part in parts if part]
+    if not known:
+        return "No two stacks have valid points at the same load and context on the same requests: nothing to compare."
+    return _join(known) + "."
+
+
+def name(metric: Metric, statistic: str) -> str:
+    """TTFT p50; output throughput."""
+    return metric.label if metric.over == "windows" else f"{metric.label} {statistic}"
+
+
+def where(condition: Condition) -> str:
+    """At 4 req/s and 1,024 input tokens."""
+    parts = [condition.load.label] if condition.load else []
+    if condition.context is not None:
+        parts.append(f"{exact(condition.context)} input tokens")
+    return "at " + " and ".join(parts) if parts else "at the one point"
+
+
+def _by_stack(points: Sequence[Point], metric: Metric, statistic: str) -> dict[str, list[float]]:
+    values: dict[str, list[float]] = defaultdict(list)
+    for point in points:
+        value = point.value(metric.name, statistic)
+        if value is not None:
+            values[point.stack].append(value)
+    return dict(values)
+
+
+def _clearly_ahead(own: Sequence[float], other: Sequence[float], better: str) -> bool:
+    low, high = (own, other) if better == "lower" else (other, own)
+    return max(low) < min(high) and median(high) >= CLOSE * median(low)
+
+
+def _example(fought: Sequence[Duel]) -> Duel | None:
+    """The decided comparison at the highest load, then the longest context."""
+    decided = [d for d in fought if d.leader is not None]
+    return max(decided, key=_weight, default=None)
+
+
+def _weight(duel: Duel) -> tuple[float, float]:
+    context, load = duel.condition
+    return load.value if load else 0.0, context or 0.0
+
+
+def _lead(duel: Duel, metric: Metric, statistic: str) -> str:
+    lower = metric.better == "lower"
+    medians = {stack: median(v) for stack, v in duel.values.items()}
+    ahead = str(duel.leader)
+    rest = {stack: v for stack, v in medians.items() if stack != ahead}
+    second = (min if lower else max)(rest, key=lambda stack: rest[stack])
+    low, high = sorted((medians[ahead], rest[second]))
+    ratio = f"{digits(high / low)}x {metric.better} than" if low > 0 else f"{metric.better} than"
+    return (
+        f"{ahead}'s {name(metric, statistic)} is {ratio} {second}'s {_where(duel)}: "
+        f"{digits(medians[ahead])} against {digits(rest[second])} {metric.unit}."
+    )
+
+
+def _where(duel: Duel) -> str:
+    return where(duel.condition) + (" in this run" if duel.repeats == 1 else "")
+
+
+def _tally(fought: Sequence[Duel]) -> str:
+    wins = Counter(d.leader for d in fought if d.leader is not None)
+    n = len(fought)
+    if not wins:
+        return f"Nobody is clearly ahead at {'the one shared point' if n == 1 else f'any of the {n} shared points'}"
+    if len(wins) == 1 and wins.total() == n:
+        return f"{next(iter(wins))} is ahead at {_all_of(n)}"
+    parts = [f"{stack} at {number}" for stack, number in wins.most_common()]
+    close = n - wins.total()
+    return f"Ahead: {_join(parts)} of {n} shared points" + (f"; {close} too close to call" if close else "")
+
+
+def _standing(points: Sequence[Point], metric: str, statistic: str) -> str:
+    m = metrics()[metric]
+    fought = duels(points, m, statistic)
+    if not fought:
+        return ""
+    wins = Counter(d.leader for d in fought if d.leader is not None)
+    best = [stack for stack, number in wins.items() if number == max(wins.values())]
+    if len(best) != 1:
+        return f"{name(m, statistic)} is undecided"
+    return f"{best[0]} has the {_most(m)} {name(m, statistic)} at {_share(wins[best[0]], len(fought))}"
+
+
+def _alone(points: Sequence[Point], metric: Metric, statistic: str) -> str:
+    held = [p for p in points if p.valid and p.value(metric.name, statistic) is not None]
+    if not held:
+        return f"No valid point has a {name(metric, statistic)}: nothing to see yet."
+    if len({p.stack for p in held}) > 1:
+        return "Nothing to compare: no two stacks have valid points at the same load and context on the same requests."
+    low, high = (pick(held, key=lambda p: _own(p, metric, statistic)) for pick in (min, max))
+    return (
+        f"Nothing to compare {held[0].stack} with. Its {name(metric, statistic)} runs from "
+        f"{_told(low, metric, statistic)} to {_told(high, metric, statistic)}."
+        if len(held) > 1
+        else f"Nothing to compare {held[0].stack} with: {_told(low, metric, statistic)}."
+    )
+
+
+def _told(point: Point, metric: Metric, statistic: str) -> str:
+    return f"{digits(_own(point, metric, statistic))} {metric.unit} {where(point.condition)}"
+
+
+def _own(point: Point, metric: Metric, statistic: str) -> float:
+    value = point.value(metric.name, statistic)
+    assert value is not None
+    return value
+
+
+def _undisputed(first: str | None, second: str | None) -> str | None:
+    return first or second if first is None or second is None or first == second else None
+
+
+def _most(metric: Metric) -> str:
+    return "lowest" if metric.better == "lower" else "highest"
+
+
+def _share(won: int, n: int) -> str:
+    return _all_of(n) if won == n else f"{won} of {n} shared points"
+
+
+def _all_of(n: int) -> str:
+    return "the one shared point" if n == 1 else f"all {counted(n, 'shared point')}"
+
+
+def _join(parts: Sequence[str]) -> str:
+    return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]

@@ -1,0 +1,137 @@
+"""Traces: a line through the median of the repeats, and a dot for every run, hollow where it is not valid."""
+
+import html
+import textwrap
+from collections import defaultdict
+from collections.abc import Sequence
+from statistics import median
+from typing import Any, NamedTuple
+
+from stackrace.harness.report.axes import Reading
+from stackrace.harness.report.numbers import digits, exact
+from stackrace.harness.report.points import Point
+from stackrace.harness.report.style import INK, Look
+from stackrace.harness.summary import Metric, metrics
+
+Trace = dict[str, Any]
+OPACITY = (1.0, 0.6, 0.4)
+HOVERED = ("ttft", "tpot", "itl", "e2e", "interactivity", "output_throughput", "request_throughput", "goodput")
+
+
+class Variant(NamedTuple):
+    """One way to read a chart's metric: a percentile, or a window. `rank` 0 is drawn boldest."""
+
+    name: str
+    y: Reading
+    rank: int = 0
+
+
+class Placing(NamedTuple):
+    """Where points stand on x, and, where that is not x itself, the order of the line, written beside them."""
+
+    x: Reading
+    order: Reading | None = None
+
+
+def stack_traces(points: Sequence[Point], look: Look, variant: Variant, placing: Placing) -> list[Trace]:
+    """The line and the dots of one stack's points in one panel."""
+    drawn = [p for p in points if p.plotted and placing.x(p) is not None and variant.y(p) is not None]
+    return [_line(points, look, variant, placing), _dots(drawn, look, variant, placing.x)] if drawn else []
+
+
+def reference(at: Sequence[float], values: Sequence[float], text: str) -> Trace:
+    """A quiet dotted line to hold the others against."""
+    return {
+        "type": "scatter",
+        "mode": "lines",
+        "x": list(at),
+        "y": list(values),
+        "line": {"color": INK["faint"][0], "dash": "2px,3px", "width": 1.2},
+        "hoverinfo": "text",
+        "text": text,
+        "meta": {"variant": None},
+    }
+
+
+def hover(point: Point) -> str:
+    """Every main number of a point, as the HTML subset that plotly draws."""
+    load = f" · {point.condition.load.label}" if point.condition.load else ""
+    asked = f"{exact(point.condition.context)} in, {exact(point.setting.output_tokens)} out"
+    head = f"<b>{plain(point.stack)}</b>{load} · {asked} · repeat {point.repeat}"
+    lines = [head, *_verdict(point), *(_told(point, metrics()[m]) for m in HOVERED if m in point.summary)]
+    return "<br>".join([*lines, _counts(point)])
+
+
+def plain(text: str) -> str:
+    """Text that plotly shows as it is: it would take tags in it for markup."""
+    return html.escape(text, quote=False).replace("\n", " ")
+
+
+def _line(points: Sequence[Point], look: Look, variant: Variant, placing: Placing) -> Trace:
+    steps: dict[float, list[Point]] = defaultdict(list)
+    for point in points:
+        place = (placing.order or placing.x)(point)
+        if place is not None:
+            steps[place].append(point)
+    places = sorted(steps)
+    return {
+        "type": "scatter",
+        "mode": "lines+text" if placing.order else "lines",
+        "x": [_middle(steps[place], placing.x) if placing.order else place for place in places],
+        "y": [_middle(steps[place], variant.y) for place in places],
+        "line": {"color": look.colour, "dash": look.dash, "width": (2.2, 1.5, 1.2)[variant.rank]},
+        "opacity": OPACITY[variant.rank],
+        "hoverinfo": "skip",
+        "meta": {"variant": variant.name},
+        **(_labels(places) if placing.order else {}),
+    }
+
+
+def _labels(places: Sequence[float]) -> Trace:
+    font = {"color": INK["faint"][0], "size": 11}
+    return {"text": [exact(place) for place in places], "textposition": "top center", "textfont": font}
+
+
+def _middle(points: Sequence[Point], read: Reading) -> float | None:
+    """The median over valid repeats, over all that are drawn where none is valid; a gap where none is drawn."""
+    drawn = [p for p in points if p.plotted]
+    chosen = [p for p in drawn if p.valid] or drawn
+    values = [v for p in chosen if (v := read(p)) is not None]
+    return median(values) if values else None
+
+
+def _dots(drawn: Sequence[Point], look: Look, variant: Variant, x: Reading) -> Trace:
+    return {
+        "type": "scatter",
+        "mode": "markers",
+        "x": [x(p) for p in drawn],
+        "y": [variant.y(p) for p in drawn],
+        "marker": {
+            "color": look.colour,
+            "symbol": [look.symbol + ("" if p.valid else "-open") for p in drawn],
+            "size": (8, 5, 5)[variant.rank],
+            "line": {"width": [0 if p.valid else 1.8 for p in drawn], "color": look.colour},
+        },
+        "opacity": OPACITY[variant.rank],
+        "hoverinfo": "text",
+        "hovertext": [hover(p) for p in drawn],
+        "meta": {"variant": variant.name},
+    }
+
+
+def _verdict(point: Point) -> list[str]:
+    if point.valid:
+        return ["valid"]
+    text = point.verdict + (": " + "; ".join(point.reasons) if point.reasons else "")
+    return [plain(line) for line in textwrap.wrap(text, 64)]
+
+
+def _told(point: Point, metric: Metric) -> str:
+    stats = [f"p{q * 100:g}" for q in metric.quantiles] or ["whole", "steady"]
+    told = [f"{s} {digits(v)}" for s in stats if (v := point.value(metric.name, s)) is not None]
+    return f"{metric.label}: {' · '.join(told) or digits(None)} {metric.unit}"
+
+
+def _counts(point: Point) -> str:
+    failed, censored = (point.value(m, "run") or 0 for m in ("failed", "censored"))
+    return f"{point.requests:,} requests, {failed:.0f} failed, {censored:.0f} cut off"
