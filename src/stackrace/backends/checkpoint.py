@@ -17,6 +17,7 @@ from stackrace.harness.errors import UsageError
 
 MODEL_TYPES = ("deepseek_v2",)
 SINGLE = "model.safetensors"
+AGAIN = "make or copy the checkpoint again"
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +42,7 @@ class Checkpoint:
 
     def kv_bytes_per_token(self, attention: str, element_bytes: int) -> int:
         """Cache bytes one token takes in all layers; `attention` is mla (latents) or mha (expanded)."""
-        return self.config["num_hidden_layers"] * kv_width(self.config, attention) * element_bytes
+        return int(self.config["num_hidden_layers"]) * kv_width(self.config, attention) * element_bytes
 
 
 def kv_width(config: Mapping[str, Any], attention: str) -> int:
@@ -53,7 +54,7 @@ def kv_width(config: Mapping[str, Any], attention: str) -> int:
 
 
 def tensor_shapes(config: Mapping[str, Any]) -> dict[str, Shape]:
-    """Every tensor a checkpoint with this config holds, in the order of the forward pass. KeyError: a key lacks."""
+    """Every tensor a checkpoint with this config holds, in forward order. KeyError: a key lacks."""
     vocab, hidden = config["vocab_size"], config["hidden_size"]
     shapes: dict[str, Shape] = {"model.embed_tokens.weight": (vocab, hidden)}
     for layer in range(config["num_hidden_layers"]):
@@ -125,7 +126,8 @@ def check(path: Path) -> Checkpoint:
 def _expected_shapes(config: Mapping[str, Any], where: Path) -> dict[str, Shape]:
     model_type = config.get("model_type")
     if model_type not in MODEL_TYPES:
-        raise UsageError(f"{where}: model_type {model_type!r} is not supported; {' or '.join(MODEL_TYPES)} is")
+        supported = " or ".join(MODEL_TYPES)
+        raise UsageError(f"{where}: model_type {model_type!r} is not supported; {supported} is")
     try:
         return tensor_shapes(config)
     except KeyError as error:
@@ -136,18 +138,18 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_bytes())
     except FileNotFoundError:
-        raise UsageError(f"{path.parent}: {path.name} is missing; make or copy the checkpoint again") from None
+        raise UsageError(f"{path.parent}: {path.name} is missing; {AGAIN}") from None
     except ValueError as error:
-        raise UsageError(f"{path} is not JSON ({error}); make or copy the checkpoint again") from None
+        raise UsageError(f"{path} is not JSON ({error}); {AGAIN}") from None
     if not isinstance(content, dict):
-        raise UsageError(f"{path} holds no JSON object; make or copy the checkpoint again")
+        raise UsageError(f"{path} holds no JSON object; {AGAIN}")
     return content
 
 
 def _read_header(shard: Path) -> dict[str, Any]:
     """A safetensors file's header, once its size agrees: 8 bytes of length, the header, the tensors."""
     if not shard.is_file():
-        raise UsageError(f"{shard.parent}: the shard {shard.name} is missing; make or copy the checkpoint again")
+        raise UsageError(f"{shard.parent}: the shard {shard.name} is missing; {AGAIN}")
     size = shard.stat().st_size
     with shard.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -155,26 +157,26 @@ def _read_header(shard: Path) -> dict[str, Any]:
             header = json.loads(file.read(length) if length < size else b"")
             end = max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise UsageError(f"{shard}: no safetensors header; make or copy the checkpoint again") from None
+            raise UsageError(f"{shard}: no safetensors header; {AGAIN}") from None
     wanted = 8 + length + end
     if size != wanted:
-        raise UsageError(f"{shard}: {size} bytes where its header says {wanted}; make or copy the checkpoint again")
+        raise UsageError(f"{shard}: {size} bytes where its header says {wanted}; {AGAIN}")
     return dict(header)
 
 
 def _compare(path: Path, shapes: Mapping[str, Shape], tensors: Mapping[str, TensorInfo]) -> None:
     for name, shape in shapes.items():
         if name not in tensors:
-            raise UsageError(f"{path}: the tensor {name} is missing; make or copy the checkpoint again")
+            raise UsageError(f"{path}: the tensor {name} is missing; {AGAIN}")
         if tensors[name].shape != shape:
             found, wanted = list(tensors[name].shape), list(shape)
-            raise UsageError(f"{path}: {name} has shape {found} where config.json says {wanted}; correct either")
+            raise UsageError(f"{path}: {name} is {found} where config.json wants {wanted}; correct either")
     for name in tensors.keys() - shapes.keys():
         raise UsageError(f"{path}: config.json knows no tensor {name}; remove it or correct config.json")
 
 
 def _identity(config: Mapping[str, Any], metadata: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
-    """Sixteen hex digits. Seeded weights follow from config and seed; others are told by headers and sizes."""
+    """Sixteen hex digits. Seeded weights follow from config and seed; headers and sizes tell others."""
     seeded = {key: metadata[key] for key in ("generator", "seed") if key in metadata}
     source = {"config": config, "weights": seeded if len(seeded) == 2 else manifest}
     return hashlib.sha256(json.dumps(source, sort_keys=True).encode()).hexdigest()[:16]
@@ -183,9 +185,10 @@ def _identity(config: Mapping[str, Any], metadata: Mapping[str, Any], manifest: 
 def make(config: Mapping[str, Any], out: Path, seed: int, shard_bytes: int, device: str) -> Checkpoint:
     """Write a seeded random checkpoint in bf16 to the new folder `out`, and check it.
 
-    `config` is config.json's content as a plain mapping; matrices are N(0, initializer_range), norms 1. `device`
-    computes the bits, which are the same on any. Everything is written to `out`.partial and renamed at the end,
-    so that a killed make leaves nothing that looks whole. UsageError: `out` exists, or another process makes it.
+    `config` is config.json's content as a plain mapping; matrices are N(0, initializer_range), norms 1.
+    `device` computes the bits, which are the same on any. Everything is written to `out`.partial and renamed
+    at the end, so that a killed make leaves nothing that looks whole. UsageError: `out` exists, or another
+    process is making it.
     """
     shapes = _expected_shapes(config, out / "config.json")
     partial = out.with_name(out.name + ".partial")

@@ -1,4 +1,4 @@
-"""Seeded random weights whose bits depend on seed, tensor name and element index alone: on no device, order or chunk."""
+"""Seeded random weights: their bits depend on seed, tensor name and element index alone."""
 
 import hashlib
 import json
@@ -20,7 +20,9 @@ CHUNK_DEVICE = 1 << 26  # the same on an accelerator, where launches cost more t
 Shape = tuple[int, ...]
 
 
-def write(folder: Path, shapes: Mapping[str, Shape], std: float, seed: int, shard_bytes: int, device: str) -> None:
+def write(
+    folder: Path, shapes: Mapping[str, Shape], std: float, seed: int, shard_bytes: int, device: str
+) -> None:
     """Safetensors shards in bf16 and their index: matrices N(0, std), vectors (norms) 1.
 
     A shard exceeds `shard_bytes` only if one tensor does. At most one chunk is in memory at a time.
@@ -75,12 +77,12 @@ def _write_tensor(file: BinaryIO, name: str, shape: Shape, seed: int, table: "Te
 
     size = math.prod(shape)
     if len(shape) == 1:  # a norm
-        file.write(torch.ones(size, dtype=torch.bfloat16).view(torch.uint8).numpy())
+        file.write(torch.ones(size, dtype=torch.bfloat16).view(torch.uint8).numpy().data)
         return
     chunk = CHUNK if table.device.type == "cpu" else CHUNK_DEVICE
     for start in range(0, size, chunk):
         values = seeded_normal(seed, name, start, min(chunk, size - start), table)
-        file.write(values.view(torch.uint8).cpu().numpy())
+        file.write(values.view(torch.uint8).cpu().numpy().data)
 
 
 def quantile_table(std: float, device: str) -> "Tensor":
@@ -95,9 +97,9 @@ def quantile_table(std: float, device: str) -> "Tensor":
 def seeded_normal(seed: int, name: str, start: int, count: int, table: "Tensor") -> "Tensor":
     """Elements `start` to `start + count` of the flattened tensor `name`, bf16, on the table's device.
 
-    Element i is the table's entry at 16-bit lane i % 4 of splitmix64's hash of counter i // 4, offset by a hash of
-    seed and name: integer arithmetic modulo 2^64, so the bits depend on no device, order or chunk. `start` must
-    be a multiple of 4.
+    Element i is the table's entry at 16-bit lane i % 4 of splitmix64's hash of counter i // 4, offset by a
+    hash of seed and name: integer arithmetic modulo 2^64, so the bits depend on no device, order or chunk.
+    `start` must be a multiple of 4.
     """
     import torch
 

@@ -1,7 +1,7 @@
 """Multi-head latent attention over a paged cache of latents, or of the keys and values they expand to.
 
-Letters: T tokens of a batch, B one-token sequences (the batch's first rows), S context tokens of the longer ones,
-D hidden, H heads, C latent and rotated key (512 + 64), L latent, R rotated, N not rotated, K = N + R, V value.
+Letters: T tokens of a batch, B one-token sequences (the batch's first rows), S context tokens of the longer
+ones, D hidden, H heads, L latent (512), R rotated (64), C = L + R, N not rotated (128), K = N + R, V value.
 """
 
 from dataclasses import dataclass
@@ -53,7 +53,7 @@ class Attention(nn.Module):
         self.config = config
         self.scale = softmax_scale(config)
         hidden, query, rank = config.hidden_size, config.num_heads * config.qk_width, config.q_lora_rank
-        self.in_rows = [rank or query, config.kv_lora_rank, config.qk_rope_width]  # one product instead of three
+        self.in_rows = [rank or query, config.kv_lora_rank, config.qk_rope_width]  # one product, not three
         self.in_proj = parameter(sum(self.in_rows), hidden, dtype=dtype, device=device)
         self.q_norm = parameter(rank, dtype=dtype, device=device) if rank else None
         self.q_b_proj = parameter(query, rank, dtype=dtype, device=device) if rank else None
@@ -64,7 +64,7 @@ class Attention(nn.Module):
 
     def destinations(self) -> dict[str, Tensor]:
         """Where each of the checkpoint's tensors goes, by its name below `self_attn`."""
-        query, latent, rotated = self.in_proj.split(self.in_rows)
+        query = self.in_proj[: self.in_rows[0]]
         places = {
             "kv_a_proj_with_mqa": self.in_proj[len(query) :],
             "kv_a_layernorm": self.kv_norm,
@@ -90,13 +90,13 @@ class Attention(nn.Module):
         return linear(torch.cat(parts).flatten(1), self.o_proj)
 
     def _project(self, x_TD: Tensor, rotation_TF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries [T, H, K], latents and the key part all heads share, rotated where they carry a position."""
+        """Queries [T, H, K], latents, and the key part all heads share; rotated by their positions."""
         config = self.config
-        q, latent_TL, rotated_TR = linear(x_TD, self.in_proj).split(self.in_rows, dim=-1)
+        q, latent_TL, rotated_TR = torch.split(linear(x_TD, self.in_proj), self.in_rows, dim=-1)
         if self.q_norm is not None and self.q_b_proj is not None:
             q = linear(rms_norm(q, self.q_norm, config.rms_norm_eps), self.q_b_proj)
-        q_THK = q.unflatten(-1, (config.num_heads, config.qk_width))
-        q_THN, q_THR = q_THK.split([config.qk_nope_width, config.qk_rope_width], dim=-1)
+        q_THK = torch.unflatten(q, -1, (config.num_heads, config.qk_width))
+        q_THN, q_THR = torch.split(q_THK, [config.qk_nope_width, config.qk_rope_width], dim=-1)
         q_THK = torch.cat([q_THN, rotate(q_THR, rotation_TF)], dim=-1)
         latent_TL = rms_norm(latent_TL, self.kv_norm, config.rms_norm_eps)
         return q_THK, latent_TL, rotate(rotated_TR.unsqueeze(1), rotation_TF).squeeze(1)
@@ -104,8 +104,8 @@ class Attention(nn.Module):
     def expand(self, latent_TL: Tensor, rotated_TR: Tensor) -> tuple[Tensor, Tensor]:
         """Keys [T, H, K] and values [T, H, V] of every head."""
         config = self.config
-        expanded = linear(latent_TL, self.kv_b_proj).unflatten(-1, (config.num_heads, -1))
-        key_THN, value_THV = expanded.split([config.qk_nope_width, config.v_width], dim=-1)
+        expanded = torch.unflatten(linear(latent_TL, self.kv_b_proj), -1, (config.num_heads, -1))
+        key_THN, value_THV = torch.split(expanded, [config.qk_nope_width, config.v_width], dim=-1)
         rotated_THR = rotated_TR.unsqueeze(1).expand(-1, config.num_heads, -1)
         return torch.cat([key_THN, rotated_THR], dim=-1), value_THV
 
@@ -130,14 +130,14 @@ class LatentAttention(Attention):
 
     def context(self, cache: LayerCache, slot_S: Tensor) -> tuple[Tensor, Tensor]:
         latent_SC = cache[0].flatten(0, 1).index_select(0, slot_S)
-        latent_SL, rotated_SR = latent_SC.split(self.in_rows[1:], dim=-1)
+        latent_SL, rotated_SR = torch.split(latent_SC, self.in_rows[1:], dim=-1)
         return self.expand(latent_SL, rotated_SR)
 
     def decode(self, q_BHK: Tensor, cache: LayerCache, batch: Batch) -> Tensor:
         config = self.config
-        up_HXL = self.kv_b_proj.unflatten(0, (config.num_heads, -1))  # X = N rows for keys, then V for values
-        up_HNL, up_HVL = up_HXL.split([config.qk_nope_width, config.v_width], dim=1)
-        q_BHN, q_BHR = q_BHK.split([config.qk_nope_width, config.qk_rope_width], dim=-1)
+        up_HXL = torch.unflatten(self.kv_b_proj, 0, (config.num_heads, -1))  # X: N, then V rows
+        up_HNL, up_HVL = torch.split(up_HXL, [config.qk_nope_width, config.v_width], dim=1)
+        q_BHN, q_BHR = torch.split(q_BHK, [config.qk_nope_width, config.qk_rope_width], dim=-1)
         q_BHL = torch.bmm(q_BHN.transpose(0, 1), up_HNL).transpose(0, 1)
         q_BHC = torch.cat([q_BHL, q_BHR], dim=-1)
         o_BHL = mla_decode(q_BHC, cache[0], batch.table_BM, batch.length_B, self.scale, config.kv_lora_rank)

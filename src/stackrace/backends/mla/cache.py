@@ -13,7 +13,7 @@ LayerCache = tuple[Tensor, ...]  # each [pages, PAGE, ...]: one of latents, or k
 
 
 def row_shapes(config: ModelConfig, attention: str) -> list[tuple[int, ...]]:
-    """Shapes of what one token leaves in one layer: a latent (mla), or a key and a value for each head (mha)."""
+    """What one token leaves in one layer: a latent (mla), or a key and a value for each head (mha)."""
     if attention == "mla":
         return [(config.latent_width,)]
     return [(config.num_heads, config.qk_width), (config.num_heads, config.v_width)]

@@ -22,6 +22,17 @@ class TokenEvent(NamedTuple):
     finish_reason: str | None
 
 
+class Stats(NamedTuple):
+    """Gauges, and counters since the start (`_total`)."""
+
+    num_requests_running: int
+    num_requests_waiting: int
+    kv_cache_usage_perc: float  # 0 to 1, as vLLM's
+    iterations_total: int
+    computed_tokens_total: int  # run through the model: prompts, and outputs fed back
+    generation_tokens_total: int
+
+
 class Settings(NamedTuple):
     """How an engine is built, by vLLM's names."""
 
@@ -41,6 +52,22 @@ class Engine:
     def __init__(self, scheduler: Scheduler, runner: Runner) -> None:
         self.scheduler = scheduler
         self.runner = runner
+        self._num_steps = 0
+        self._num_computed = 0
+        self._num_generated = 0
+
+    @property
+    def stats(self) -> Stats:
+        """The state between two steps."""
+        scheduler, pool = self.scheduler, self.scheduler.pool
+        return Stats(
+            num_requests_running=len(scheduler.running),
+            num_requests_waiting=len(scheduler.waiting),
+            kv_cache_usage_perc=1 - pool.num_free / pool.num_pages,
+            iterations_total=self._num_steps,
+            computed_tokens_total=self._num_computed,
+            generation_tokens_total=self._num_generated,
+        )
 
     @property
     def idle(self) -> bool:
@@ -63,6 +90,9 @@ class Engine:
         sampled = self.runner.run(work)
         for sequence, count in work:
             sequence.num_computed += count
+            self._num_computed += count
+        self._num_steps += 1
+        self._num_generated += len(sampled)
         return [self._append(sequence, token) for sequence, token in sampled]
 
     def _append(self, sequence: Sequence, token: int) -> TokenEvent:
@@ -83,18 +113,18 @@ class Limits(NamedTuple):
 
 
 def limits(settings: Settings, checkpoint: checkpoints.Checkpoint) -> Limits:
-    """Checked before anything large is loaded. UsageError: settings that contradict each other or the model."""
+    """Known before anything large is loaded. UsageError: settings that contradict each other or the model."""
     config = parse(checkpoint.config)
     if settings.max_model_len > config.max_positions:
         asked, most = settings.max_model_len, config.max_positions
-        raise UsageError(f"--max-model-len {asked} exceeds the model's max_position_embeddings {most}; lower it")
+        raise UsageError(f"--max-model-len {asked} exceeds max_position_embeddings {most}; lower it")
     if not 0 < settings.max_num_seqs <= settings.max_num_batched_tokens:
         asked, least = settings.max_num_batched_tokens, settings.max_num_seqs
         raise UsageError(f"--max-num-batched-tokens {asked} is below --max-num-seqs {least}; raise it")
     num_pages = _num_pages(settings, checkpoint)
     if not num_pages:
         given = settings.kv_cache_memory_bytes
-        raise UsageError(f"--kv-cache-memory-bytes {given} holds not one page of {cache.PAGE} tokens; raise it")
+        raise UsageError(f"--kv-cache-memory-bytes {given} is under a page of {cache.PAGE} tokens; raise it")
     return Limits(config.vocab_size, settings.max_model_len, num_pages * cache.PAGE, config.eos_tokens)
 
 

@@ -1,9 +1,10 @@
 """DeepSeek-V2: embedding, layers of attention and (mixtures of) feed-forward networks, logits.
 
-Letters: T tokens of a batch, S sampled rows, D hidden, E experts, I expert width, F rotary frequencies, V vocabulary.
+Letters: T tokens of a batch, S sampled rows, D hidden, E experts, P positions, F frequencies, V vocabulary.
 """
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -68,12 +69,13 @@ class Experts(nn.Module):
         return places
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        """[T, D] from [T, D]; the router works in float32 at least, as every implementation of the model does."""
+        """[T, D] from [T, D]; the router works in float32 at least, as in every implementation."""
         config = self.config
         wide = torch.promote_types(x_TD.dtype, torch.float32)
         logit_TE = linear(x_TD.to(wide), self.gate.to(wide))
         routing = route_softmax(logit_TE, config.num_chosen_experts, config.renormalise, config.routed_scale)
-        return experts(x_TD, self.gate_up_proj, self.down_proj, routing) + self.shared(x_TD)
+        routed_TD: Tensor = experts(x_TD, self.gate_up_proj, self.down_proj, routing)
+        return routed_TD + cast(Tensor, self.shared(x_TD))
 
 
 class Layer(nn.Module):
@@ -95,7 +97,8 @@ class Layer(nn.Module):
 
     def destinations(self) -> dict[str, Tensor]:
         """Where each of the checkpoint's tensors goes, by its name below the layer."""
-        places: dict[str, Tensor] = {"input_layernorm": self.input_norm, "post_attention_layernorm": self.post_norm}
+        places: dict[str, Tensor] = {"input_layernorm": self.input_norm}
+        places["post_attention_layernorm"] = self.post_norm
         places |= {f"self_attn.{name}": place for name, place in self.attention.destinations().items()}
         return places | {f"mlp.{name}": place for name, place in self.mlp.destinations().items()}
 
@@ -113,7 +116,12 @@ class Model(nn.Module):
     rotation_PF: Tensor
 
     def __init__(
-        self, config: ModelConfig, attention: str, num_positions: int, dtype: torch.dtype, device: torch.device
+        self,
+        config: ModelConfig,
+        attention: str,
+        num_positions: int,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         """`num_positions`: the longest context it will be asked for."""
         super().__init__()
@@ -137,7 +145,8 @@ class Model(nn.Module):
         }
         for index, layer in enumerate(self.layers):
             assert isinstance(layer, Layer)
-            places |= {f"model.layers.{index}.{name}.weight": place for name, place in layer.destinations().items()}
+            prefix = f"model.layers.{index}."
+            places |= {f"{prefix}{name}.weight": place for name, place in layer.destinations().items()}
         return places
 
     def forward(self, batch: Batch, caches: Sequence[LayerCache]) -> Tensor:

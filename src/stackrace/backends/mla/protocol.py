@@ -14,7 +14,7 @@ Json = dict[str, Any]
 T = TypeVar("T")
 N = TypeVar("N", int, float)
 
-NEUTRAL: dict[str, tuple[Any, ...]] = {  # fields not implemented, and the values with which they change nothing
+NEUTRAL: dict[str, tuple[Any, ...]] = {  # not implemented, and the values with which they change nothing
     "n": (1,),
     "best_of": (1,),
     "echo": (False,),
@@ -161,7 +161,7 @@ def _number(
         raise BadRequest(f"{name} = {value} must be at least {least}", name)
     if most is not None and value > most:
         raise BadRequest(f"{name} = {value} must be at most {most}", name)
-    return kind(value)
+    return value
 
 
 _NAMES: dict[type, str] = {int: "an integer", float: "a number", bool: "true or false", dict: "an object"}

@@ -22,7 +22,7 @@ class Runner:
         self._device = device
 
     def logits(self, work: Many[Work]) -> Tensor:
-        """Logits [S, V] of those sequences whose last token is computed now; fills the cache for all of `work`."""
+        """Logits [S, V] of the sequences whose last token is computed now; fills the cache for all."""
         with torch.inference_mode():
             logit_SV: Tensor = self._model(build_batch(work, self._device), self._caches)
         return logit_SV

@@ -42,4 +42,5 @@ def _draw(logit_SV: Tensor, settings: Sequence[Sampling], draws: Sequence[float]
     target_S1 = column(draws) * cumulative_SV[:, -1:]
     choice_S1 = torch.searchsorted(cumulative_SV, target_S1, right=True)
     last_S1 = (cumulative_SV < cumulative_SV[:, -1:]).sum(-1, keepdim=True)  # of the tokens that may be drawn
-    return [int(token) for token in token_SV.gather(-1, torch.minimum(choice_S1, last_S1)).squeeze(-1).tolist()]
+    token_S1 = token_SV.gather(-1, torch.minimum(choice_S1, last_S1))
+    return [int(token) for token in token_S1.squeeze(-1).tolist()]

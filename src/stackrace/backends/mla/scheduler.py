@@ -60,8 +60,8 @@ class Work(NamedTuple):
 class Scheduler:
     """First come, first served under a token budget; decoding goes first, long prompts in chunks.
 
-    A sequence is admitted once pages for its whole life are free and holds them to its end, so that whatever was
-    admitted finishes: no deadlock and no preemption. Nobody overtakes the first one waiting.
+    A sequence is admitted once pages for its whole life are free and holds them to its end, so that whatever
+    was admitted finishes: no deadlock and no preemption. Nobody overtakes the first one waiting.
     """
 
     def __init__(self, pool: PagePool, max_sequences: int, max_tokens: int) -> None:

@@ -9,7 +9,7 @@ from tokenizers.decoders import DecodeStream
 CONTEXT = 6  # last prompt tokens that an incremental decoder must see to space the first output token rightly
 
 
-def load(checkpoint: Path) -> Tokenizer:
+def load_tokenizer(checkpoint: Path) -> Tokenizer:
     """The checkpoint's tokenizer.json."""
     return Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
 

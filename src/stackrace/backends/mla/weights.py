@@ -13,7 +13,7 @@ from stackrace.harness.errors import UsageError
 def load(checkpoint: Checkpoint, destinations: Mapping[str, Tensor]) -> None:
     """Fill every destination with the checkpoint's tensor of its name, converted to the destination's type.
 
-    UsageError names a tensor that is missing, unexpected or of another shape. One tensor is in memory at a time.
+    UsageError names a tensor that is missing, unexpected or of another shape. One tensor is held at a time.
     """
     _compare(checkpoint, destinations)
     for shard in sorted({info.shard for info in checkpoint.tensors.values()}):
@@ -29,4 +29,5 @@ def _compare(checkpoint: Checkpoint, destinations: Mapping[str, Tensor]) -> None
     for name, place in destinations.items():
         found = checkpoint.tensors[name].shape
         if found != tuple(place.shape):
-            raise UsageError(f"{checkpoint.path}: {name} has shape {list(found)}, the model {list(place.shape)}")
+            wanted = list(place.shape)
+            raise UsageError(f"{checkpoint.path}: {name} is {list(found)} where the model wants {wanted}")

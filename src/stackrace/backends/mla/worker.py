@@ -22,17 +22,18 @@ class Stop(NamedTuple):
 class Worker:
     """Steps an engine while it has work and sleeps while it has none.
 
-    Nothing is shared with the caller but messages, so that the engine may move to another process. Both callbacks
-    run in the worker's thread.
+    Nothing is shared with the caller but messages, so that the engine may move to another process. Both
+    callbacks run in the worker's thread.
     """
 
     def __init__(
         self,
         engine: Engine,
-        deliver: Callable[[list[TokenEvent]], None],
-        fail: Callable[[BaseException], None],
+        deliver: Callable[[list[TokenEvent]], object],
+        fail: Callable[[BaseException], object],
     ) -> None:
         """`deliver` gets each step's events; `fail` the error that ended the thread, if one did."""
+        self.stats = engine.stats  # replaced after each step or message
         self._engine = engine
         self._deliver = deliver
         self._fail = fail
@@ -61,6 +62,7 @@ class Worker:
         try:
             while self._read_inbox():
                 events = self._engine.step()
+                self.stats = self._engine.stats
                 if events:
                     self._deliver(events)
         except BaseException as error:
@@ -69,6 +71,7 @@ class Worker:
     def _read_inbox(self) -> bool:
         """Act on every message, waiting for one if there is nothing else to do; False: stop."""
         while self._engine.idle or not self._inbox.empty():
+            self.stats = self._engine.stats
             match self._inbox.get():
                 case Abort(id):
                     self._engine.abort(id)

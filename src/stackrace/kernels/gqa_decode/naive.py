@@ -23,9 +23,9 @@ def gqa_decode(
     """
     wide = torch.promote_types(q_BHK.dtype, torch.float32)
     num_rows, num_kv_heads = key_GPNK.shape[1:3]
-    scaled_BNgK = (q_BHK.to(wide) * scale).unflatten(1, (num_kv_heads, -1))
+    scaled_BNgK = torch.unflatten(q_BHK.to(wide) * scale, 1, (num_kv_heads, -1))
     out_BNgV = scaled_BNgK.new_zeros(*scaled_BNgK.shape[:3], value_GPNV.shape[-1])
-    for row, length in enumerate(length_B.tolist()):  # padding to one length would be slower, as in mla_decode
+    for row, length in enumerate(length_B.tolist()):
         pages_M = table_BM[row, : -(-length // num_rows)]
         key_SNK = key_GPNK.index_select(0, pages_M).flatten(0, 1)[:length].to(wide)
         value_SNV = value_GPNV.index_select(0, pages_M).flatten(0, 1)[:length].to(wide)

@@ -1,6 +1,7 @@
 """Causal attention of a packed batch in plain torch: the reference, and the path taken on a CPU.
 
-Letters: T new tokens and S context tokens, both of all sequences end to end, H heads, K key width, V value width.
+Letters: T new tokens and S context tokens, both of all sequences end to end, H heads, K key width, V value
+width.
 """
 
 from collections.abc import Sequence

@@ -23,8 +23,8 @@ def yarn_frequencies(
     original_positions: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """YaRN: frequencies that turn over `beta_fast` times within the original context stay, those that turn less
-    than `beta_slow` times are divided by `factor`, with a linear ramp between. Source: arXiv 2309.00071, 3.2.
+    """YaRN: frequencies that turn over `beta_fast` times within the original context stay, those that turn
+    less than `beta_slow` times are divided by `factor`, with a ramp between. Source: arXiv 2309.00071, 3.2.
     """
     plain_F = frequencies(width, theta, dtype)
     low = max(math.floor(_turning(beta_fast, width, theta, original_positions)), 0)
@@ -56,6 +56,7 @@ def rotate(x_TNR: Tensor, rotation_TF: Tensor) -> Tensor:
 
     DeepSeek's checkpoints pair neighbours; the half-split pairing of Llama's is another function.
     """
-    pairs = x_TNR.to(torch.promote_types(x_TNR.dtype, torch.float32)).unflatten(-1, (-1, 2))
+    wide_TNR = x_TNR.to(torch.promote_types(x_TNR.dtype, torch.float32))
+    pairs = torch.unflatten(wide_TNR, -1, (-1, 2))
     turned_TNF = torch.view_as_complex(pairs) * rotation_TF.unsqueeze(1)
     return torch.view_as_real(turned_TNF).flatten(-2).to(x_TNR.dtype)
