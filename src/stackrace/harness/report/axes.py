@@ -11,6 +11,7 @@ from stackrace.harness.report.style import axis
 
 MANY_TICKS = 6
 TALL = 10  # values further apart than this ratio start out on a logarithmic axis
+CROWDED = 2.6  # decades
 UNEVEN = 4  # so do places whose gaps differ by this ratio
 
 Reading = Callable[[Point], float | None]
@@ -39,9 +40,9 @@ def cuts(points: Sequence[Point]) -> list[Cut]:
     return [by_load, by_context] if loads > 1 else [by_context]
 
 
-def load(point: Point) -> float | None:
+def load(point: Point) -> float:
     """Requests per second or in flight."""
-    return point.condition.load.value if point.condition.load else None
+    return point.condition.load.value
 
 
 def context(point: Point) -> float | None:
@@ -71,13 +72,26 @@ def swept(places: Sequence[float], title: str) -> dict[str, Any]:
     )
 
 
-def ranges(values: Sequence[float]) -> dict[str, list[float]]:
-    """The y range that holds all values, for either type of axis."""
+def upright(values: Sequence[float]) -> dict[str, dict[str, Any]]:
+    """The y axis that holds all values, on either scale."""
     positive = [v for v in values if v > 0]
-    result = {"linear": [0.0, 1.08 * max(values)]} if positive else {"linear": [0.0, 1.0]}
-    if positive:
-        result["log"] = [math.log10(min(positive)) - 0.08, math.log10(max(positive)) + 0.08]
-    return result
+    if not positive:
+        return {"linear": {"range": [0.0, 1.0]}}
+    span = [math.log10(min(positive)) - 0.08, math.log10(max(positive)) + 0.08]
+    ticks, text = decades(span)
+    return {
+        "linear": {"type": "linear", "range": [0.0, 1.08 * max(positive)], "tickformat": ","},
+        "log": {"type": "log", "range": span, "tickvals": ticks, "ticktext": text},
+    }
+
+
+def decades(span: Sequence[float]) -> tuple[list[float], list[str]]:
+    """Ticks of a logarithmic axis over a range of exponents: 1, 2, 5, 10, or powers of ten where those crowd."""
+    low, high = span
+    steps = (1, 2, 5) if high - low < CROWDED else (1,)
+    places = [s * 10.0**e for e in range(math.floor(low), math.ceil(high) + 1) for s in steps]
+    ticks = [p for p in places if low <= math.log10(p) <= high]
+    return ticks, [exact(t) for t in ticks]
 
 
 def first_scale(values: Sequence[float]) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from stackrace.harness.report.axes import Cut, Reading, cuts, facets, first_scale, load, ranges, swept
+from stackrace.harness.report.axes import Cut, Reading, cuts, facets, first_scale, load, swept, upright
 from stackrace.harness.report.numbers import exact
 from stackrace.harness.report.points import Point
 from stackrace.harness.report.statements import frontier_sentence, sentence
@@ -29,7 +29,7 @@ class View(NamedTuple):
 
     name: str
     label: str
-    ranges: dict[str, list[float]]  # of y, by type of axis
+    axes: dict[str, dict[str, Any]]  # of y, by scale
     panels: list[Panel]
 
 
@@ -64,8 +64,10 @@ def _latency(metric: str, points: Sequence[Point], looks: Looks) -> Chart:
     limits = sorted({p.slo[metric] * m.scale for p in points if metric in p.slo})
     variants = [Variant(n, _reading(m, n), rank) for rank, n in enumerate(asked) if n in shown]
     notes = [f"{m.label}: {m.help}.", *(f"Dotted: the SLO, {exact(limit)} {m.unit}." for limit in limits)]
+    if len(shown) > 1:
+        notes.append(f"Boldest {shown[0]}, fainter {' and '.join(shown[1:])}.")
     if missing := [n for n in asked if n not in shown]:
-        notes.append(f"{' and '.join(missing)}: too few requests in a run to print.")
+        notes.append(f"{' and '.join(missing)} left out: too few requests a run.")
     return Chart(
         name=metric,
         title=f"{m.label}, {m.unit}",
@@ -123,7 +125,7 @@ def _view(
 ) -> View:
     values = _values(points, variants)
     high = max(values, default=0.0)
-    span = ranges([*values, *(limit for limit in limits if limit <= FAR * high)])
+    span = [*values, *(limit for limit in limits if limit <= FAR * high)]
     panels = []
     for value, held in facets(points, cut).items():
         x = swept([place for p in held if (place := cut.x(p)) is not None], cut.title)
@@ -131,7 +133,7 @@ def _view(
         traces = [reference(ends, [limit, limit], f"SLO {exact(limit)} {metric.unit}") for limit in limits]
         traces += _offered(held, cut, metric) + _traces(held, looks, variants, Placing(cut.x))
         panels.append(_panel(cut.facet_title(value), f"{metric.label} against {cut.title}", traces, x, axis()))
-    return View(cut.name, f"against {cut.title}", span, panels)
+    return View(cut.name, f"against {cut.title}", upright(span), panels)
 
 
 def _frontier_view(cut: Cut, points: Sequence[Point], looks: Looks, variant: Variant) -> View:
@@ -143,7 +145,7 @@ def _frontier_view(cut: Cut, points: Sequence[Point], looks: Looks, variant: Var
         across = axis(range=[0, wide], title={"text": f"{x.label}, {x.unit}", "font": {"size": 12}, "standoff": 8})
         traces = _traces(held, looks, [variant], Placing(_reading(x, "p50"), order=cut.x))
         panels.append(_panel(cut.facet_title(value), f"{y.label} against {x.label}", traces, across, axis()))
-    return View(cut.name, "", ranges([1.05 * v for v in _values(points, [variant])]), panels)
+    return View(cut.name, "", upright([1.05 * v for v in _values(points, [variant])]), panels)
 
 
 def _traces(points: Sequence[Point], looks: Looks, variants: Sequence[Variant], placing: Placing) -> list[Trace]:

@@ -12,7 +12,9 @@ def digits(value: float | None) -> str:
         return f"{value:,.0f}"
     if size >= 9.995:
         return f"{value:.1f}"
-    return f"{value:.2f}" if size >= 0.9995 else f"{value:.3g}"
+    if size >= 0.9995:
+        return f"{value:.2f}"
+    return f"{value:.3f}" if size >= 0.09995 else f"{value:.3g}"
 
 
 def exact(value: float | None) -> str:

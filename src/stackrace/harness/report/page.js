@@ -30,13 +30,9 @@ function chosen(traces, choice) {
     .map((trace) => (trace.meta.variant === choice ? bold(trace) : trace));
 }
 
-function figure(panel, ranges, state) {
-  const scale = ranges[state.scale] ? state.scale : "linear";
-  const y = { ...panel.layout.yaxis, type: scale, range: ranges[scale] };
-  if (scale === "log") Object.assign(y, { dtick: "D2", minor: { showgrid: false } });
-  const label = { bgcolor: dark.matches ? "#22272d" : "#ffffff", bordercolor: "#8a949e" };
+function figure(panel, axes, state) {
+  const y = { ...panel.layout.yaxis, ...(axes[state.scale] ?? axes.linear) };
   const layout = { ...panel.layout, yaxis: y, dragmode: coarse ? false : "zoom" };
-  layout.hoverlabel = { ...layout.hoverlabel, ...label, font: { ...layout.hoverlabel.font, color: layout.font.color } };
   return themed({ data: chosen(panel.data, state.choice), layout });
 }
 
@@ -50,7 +46,7 @@ function draw(id) {
     group.hidden = group.dataset.view !== view;
     if (group.hidden) continue;
     group.querySelectorAll(".plot").forEach((plot, i) => {
-      const { data: traces, layout } = figure(data.views[view].panels[i], data.views[view].ranges, state);
+      const { data: traces, layout } = figure(data.views[view].panels[i], data.views[view].axes, state);
       Plotly.react(plot, traces, layout, config);
     });
   }

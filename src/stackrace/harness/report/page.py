@@ -14,6 +14,7 @@ from plotly.offline import get_plotlyjs
 
 from stackrace import __version__
 from stackrace.harness.errors import UsageError
+from stackrace.harness.report.asked import differing
 from stackrace.harness.report.charts import Chart, charts
 from stackrace.harness.report.numbers import counted, digits, exact
 from stackrace.harness.report.points import Point, Setting, by_setting, from_runs
@@ -24,6 +25,7 @@ from stackrace.harness.report.tables import cell, columns, outcome
 from stackrace.harness.store import StoredRun, find_runs, read_run, write_atomically
 from stackrace.harness.summary import metrics
 
+TITLED = ("model.name", "workload.name", "arrival.name")
 ASSETS = resources.files("stackrace.harness.report")
 
 
@@ -65,7 +67,9 @@ def _read(folders: Iterable[Path], kept: dict[Path, StoredRun]) -> Iterator[Stor
 
 def _render(points: Sequence[Point], runs: Mapping[Path, StoredRun]) -> str:
     styles = looks(sorted({p.stack for p in points}))
-    sections = [_section(f"s{i}", s, held, styles) for i, (s, held) in enumerate(by_setting(points).items())]
+    settings = by_setting(points)
+    named = differing(s.fixed for s in settings)
+    sections = [_section(f"s{i}", s, named, held, styles) for i, (s, held) in enumerate(settings.items())]
     template = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template.filters.update(digits=digits, exact=exact, cell=cell, outcome=outcome)
     return template.from_string(_asset("page.html")).render(
@@ -85,12 +89,12 @@ def _render(points: Sequence[Point], runs: Mapping[Path, StoredRun]) -> str:
     )
 
 
-def _section(id: str, setting: Setting, points: list[Point], styles: dict[str, Look]) -> Section:
+def _section(id: str, setting: Setting, named: set[str], points: list[Point], styles: dict[str, Look]) -> Section:
     drawn = any(p.plotted for p in points)
     return Section(
         id=id,
         title=f"{setting.model}, {setting.workload}",
-        facts=_facts(setting),
+        facts=_facts(setting, named),
         answer=headline(points),
         remarks=_remarks(points),
         charts=charts(points, styles) if drawn else [],
@@ -98,10 +102,12 @@ def _section(id: str, setting: Setting, points: list[Point], styles: dict[str, L
     )
 
 
-def _facts(setting: Setting) -> list[str]:
+def _facts(setting: Setting, named: set[str]) -> list[str]:
+    """What the points of a setting share, and the configuration (the keys `named`) that sets it apart from others."""
     arrival = "closed loop" if setting.closed else f"{setting.arrival} arrivals"
     facts = [arrival, f"{exact(setting.output_tokens)} output tokens", f"on {setting.machine}"]
-    return facts if setting.cap is None else [*facts, f"at most {setting.cap:,} in flight"]
+    facts += [] if setting.cap is None else [f"at most {setting.cap:,} in flight"]
+    return facts + [f"{key}={value}" for key, value in setting.fixed if key in named and key not in TITLED]
 
 
 def _remarks(points: Sequence[Point]) -> list[str]:
@@ -119,7 +125,9 @@ def _remarks(points: Sequence[Point]) -> list[str]:
     if mixed:
         remarks.append(f"{counted(mixed, 'shared point')} where stacks were sent different requests: not compared.")
     if any(p.repeat != points[0].repeat for p in points):
-        remarks.append("Every dot is one repeat; lines join the medians of valid repeats.")
+        remarks.append("Every dot is one repeat; lines join the medians of the valid ones.")
+    elif len({p.stack for p in points if p.valid}) > 1:
+        remarks.append("One repeat of every point: what is said here holds for this run.")
     return remarks
 
 
@@ -129,7 +137,7 @@ def _figures(sections: Sequence[Section]) -> dict[str, Any]:
         f"{section.id}-{chart.name}": {
             "scale": chart.scale,
             "choice": next(iter(chart.choices), "all"),
-            "views": {v.name: {"ranges": v.ranges, "panels": [p.figure for p in v.panels]} for v in chart.views},
+            "views": {v.name: {"axes": v.axes, "panels": [p.figure for p in v.panels]} for v in chart.views},
         }
         for section in sections
         for chart in section.charts

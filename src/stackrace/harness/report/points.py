@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from stackrace.harness.report.asked import Leaves, common_mean, fixed, plain
 from stackrace.harness.report.numbers import exact
 from stackrace.harness.store import StoredRun
 from stackrace.harness.summary import Summary, metrics, parse_slo, summarize
@@ -40,13 +41,14 @@ class Setting(NamedTuple):
     cap: int | None  # of requests in flight, where the rate is what was swept
     output_tokens: float | None
     machine: str
+    fixed: Leaves  # of the configuration
 
 
 class Condition(NamedTuple):
     """What must be the same, besides the setting, for stacks to be compared."""
 
     context: float | None  # input tokens
-    load: Load | None
+    load: Load
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +68,7 @@ class Point:
     requests: int
     schedule: str | None
     fingerprint: str | None
+    lengths: tuple[str, str]  # how long prompts and outputs were asked to be
 
     @property
     def plotted(self) -> bool:
@@ -85,7 +88,7 @@ class Point:
 
 def from_runs(runs: Iterable[StoredRun]) -> list[Point]:
     """Runs as points: grouped by setting and condition, so that stacks stand beside each other."""
-    return sorted(_told_apart([_point(run) for run in runs]), key=_order)
+    return sorted(_told_apart(_same_lengths([_point(run) for run in runs])), key=_order)
 
 
 def by_setting(points: Iterable[Point]) -> dict[Setting, list[Point]]:
@@ -100,11 +103,11 @@ def _point(run: StoredRun) -> Point:
     asked: dict[str, Any] = run.meta.get("point") or {}
     slo = (run.config or {}).get("slo") or {}
     summary = summarize(run.records, slo) if len(run.records) else {}
-    load = _load(asked, summary)
+    load = _load(asked, summary, len(run.records))
     return Point(
         folder=run.folder,
         stack=str(asked.get("stack") or UNKNOWN),
-        setting=_setting(run, asked),
+        setting=_setting(run, asked, load.closed),
         condition=Condition(_number(asked.get("input_tokens")), load),
         repeat=int(asked.get("repeat") or 0),
         status=run.status,
@@ -115,12 +118,12 @@ def _point(run: StoredRun) -> Point:
         requests=len(run.records),
         schedule=(run.meta.get("schedule") or {}).get("hash"),
         fingerprint=(run.meta.get("backend") or {}).get("fingerprint"),
+        lengths=_lengths(run.config or {}, asked),
     )
 
 
-def _setting(run: StoredRun, asked: Mapping[str, Any]) -> Setting:
-    rate, cap = asked.get("rate"), asked.get("concurrency")
-    closed = rate is None and cap is not None
+def _setting(run: StoredRun, asked: Mapping[str, Any], closed: bool) -> Setting:
+    cap = asked.get("concurrency")
     return Setting(
         model=str(asked.get("model") or UNKNOWN),
         workload=str(asked.get("workload") or UNKNOWN),
@@ -129,17 +132,24 @@ def _setting(run: StoredRun, asked: Mapping[str, Any]) -> Setting:
         cap=None if closed or cap is None else int(cap),
         output_tokens=_number(asked.get("output_tokens")),
         machine=_machine(run.meta.get("provenance") or {}),
+        fixed=fixed(run.config or {}),
     )
 
 
-def _load(asked: Mapping[str, Any], summary: Summary) -> Load | None:
-    """What was asked; where neither rate nor concurrency was (a trace), the rate that the schedule came to."""
+def _lengths(config: Mapping[str, Any], asked: Mapping[str, Any]) -> tuple[str, str]:
+    lengths = config.get("lengths") or {}
+    prompt, output = (plain(lengths.get(n) or asked.get(f"{n}_tokens")) for n in ("input", "output"))
+    return prompt, output
+
+
+def _load(asked: Mapping[str, Any], summary: Summary, requests: int) -> Load:
+    """What was asked; else (a trace) the rate that the schedule came to; else (all at once) the number of requests."""
     if asked.get("rate") is not None:
         return Load(False, float(asked["rate"]))
     if asked.get("concurrency") is not None:
         return Load(True, float(asked["concurrency"]))
     offered = summary.get("offered_rate", {}).get("run")
-    return None if offered is None else Load(False, float(f"{offered:.3g}"))
+    return Load(True, requests) if offered is None else Load(False, float(f"{offered:.3g}"))
 
 
 def _machine(provenance: Mapping[str, Any]) -> str:
@@ -158,6 +168,23 @@ def _reasons(run: StoredRun) -> tuple[str, ...]:
     return tuple(str(reason) for reason in [*ending, *(validity.get("reasons") or [])] if reason)
 
 
+def _same_lengths(points: Sequence[Point]) -> list[Point]:
+    """Points whose lengths were drawn from one distribution, all named by one mean: draws differ a little."""
+    prompts: dict[str, list[float]] = defaultdict(list)
+    outputs: dict[str, list[float]] = defaultdict(list)
+    for p in points:
+        prompts[p.lengths[0]] += [p.condition.context] if p.condition.context is not None else []
+        outputs[p.lengths[1]] += [p.setting.output_tokens] if p.setting.output_tokens is not None else []
+    return [
+        replace(
+            p,
+            condition=p.condition._replace(context=common_mean(prompts[p.lengths[0]])),
+            setting=p.setting._replace(output_tokens=common_mean(outputs[p.lengths[1]])),
+        )
+        for p in points
+    ]
+
+
 def _told_apart(points: Sequence[Point]) -> list[Point]:
     """Stacks of one name but several fingerprints (versions, flags, commits), each named by its own."""
     seen: dict[str, set[str]] = defaultdict(set)
@@ -173,7 +200,7 @@ def _told_apart(points: Sequence[Point]) -> list[Point]:
 def _order(point: Point) -> tuple[Any, ...]:
     context, load = point.condition
     setting = tuple(str(part) for part in point.setting)
-    return setting, context or 0.0, load.value if load else 0.0, point.stack, point.repeat, str(point.folder)
+    return setting, context or 0.0, load.value, point.stack, point.repeat, str(point.folder)
 
 
 def _number(value: Any) -> float | None:

@@ -2,12 +2,13 @@
 
 import shlex
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import orjson
 import yaml
 
+from stackrace.harness.report.asked import flat, plain
 from stackrace.harness.report.points import Point
 from stackrace.harness.store import StoredRun
 
@@ -22,23 +23,25 @@ class Fact(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Facts under one heading."""
+    """Facts under one heading, and the gist of them."""
 
     title: str
+    gist: str
     facts: list[Fact]
 
 
 def what_was_run(runs: Sequence[Run]) -> list[Group]:
-    """Stacks, their configuration, checkpoints, machines, software and schedules; groups without facts left out."""
-    groups = [Group(f"Stack: {stack}", _stack(held)) for stack, held in _by_stack(runs).items()]
-    groups += [
-        Group("Checkpoint", _distinct(runs, "checkpoint")),
-        Group("Machine", _distinct(runs, "gpus", "cpu", "memory_bytes", "platform", "cores")),
-        Group("Software", _distinct(runs, "stackrace", "git", "python", "packages")),
-        Group("Schedules", [Fact(_schedules(runs), len(runs))] if _schedules(runs) else []),
-    ]
-    groups += [
-        Group(f"Configuration: {stack}", [Fact(_config(held), len(held))]) for stack, held in _by_stack(runs).items()
+    """Stacks, checkpoints, machines, software, schedules and configuration; groups without facts left out."""
+    stacks = _by_stack(runs).items()
+    held = [run.meta.get("provenance") or {} for _, run in runs]
+    machines = sorted({point.setting.machine for point, _ in runs})
+    groups = [
+        *(Group(f"Stack: {stack}", _versions(own), _backends(own)) for stack, own in stacks),
+        Group("Checkpoint", _either(p.get("checkpoint") for p in held), _distinct(held, "checkpoint")),
+        Group("Machine", "; ".join(machines), _distinct(held, "gpus", "cpu", "memory_bytes", "platform", "cores")),
+        Group("Software", _code(held), _distinct(held, "stackrace", "git", "python", "packages")),
+        Group("Schedules", *_schedules(runs)),
+        *(Group(f"Configuration: {stack}", *_configuration(own)) for stack, own in stacks),
     ]
     return [group for group in groups if group.facts]
 
@@ -50,7 +53,7 @@ def _by_stack(runs: Sequence[Run]) -> dict[str, list[Run]]:
     return dict(groups)
 
 
-def _stack(runs: Sequence[Run]) -> list[Fact]:
+def _backends(runs: Sequence[Run]) -> list[Fact]:
     return _counted([_backend(run.meta.get("backend") or {}) for _, run in runs])
 
 
@@ -60,8 +63,20 @@ def _backend(backend: Mapping[str, Any]) -> str:
     return "\n".join(part for part in (shlex.join(map(str, command)) if command else "", _text(facts)) if part)
 
 
-def _distinct(runs: Sequence[Run], *names: str) -> list[Fact]:
-    provenances = [run.meta.get("provenance") or {} for _, run in runs]
+def _versions(runs: Sequence[Run]) -> str:
+    return _either((run.meta.get("backend") or {}).get("version") for _, run in runs)
+
+
+def _code(provenances: Sequence[Mapping[str, Any]]) -> str:
+    commits = [p["git"] for p in provenances if p.get("git")]
+    return _either(f"commit {str(c.get('commit'))[:7]}{' with changes' if c.get('dirty') else ''}" for c in commits)
+
+
+def _either(values: Iterable[Any]) -> str:
+    return " or ".join(dict.fromkeys(plain(v) for v in values if v is not None))
+
+
+def _distinct(provenances: Sequence[Mapping[str, Any]], *names: str) -> list[Fact]:
     return _counted([_text({n: p[n] for n in names if p.get(n) is not None}) for p in provenances])
 
 
@@ -69,8 +84,8 @@ def _counted(texts: Sequence[str]) -> list[Fact]:
     return [Fact(text, texts.count(text)) for text in dict.fromkeys(texts) if text]
 
 
-def _schedules(runs: Sequence[Run]) -> str:
-    """Which point replayed which schedule."""
+def _schedules(runs: Sequence[Run]) -> tuple[str, list[Fact]]:
+    """Each schedule, and the stacks that it was replayed to."""
     lines: dict[str, list[str]] = defaultdict(list)
     for point, run in runs:
         schedule = run.meta.get("schedule") or {}
@@ -78,31 +93,22 @@ def _schedules(runs: Sequence[Run]) -> str:
             seed = (run.config or {}).get("seed")
             line = f"{str(schedule['hash'])[:12]}  {schedule.get('requests', '?')} requests, seed {seed}"
             lines[line].append(point.stack)
-    return "\n".join(f"{line}: {', '.join(dict.fromkeys(stacks))}" for line, stacks in lines.items())
+    text = "\n".join(f"{line}: {', '.join(dict.fromkeys(stacks))}" for line, stacks in lines.items())
+    return f"{len(lines):,} replayed", [Fact(text, len(runs))] if lines else []
 
 
-def _config(runs: Sequence[Run]) -> str:
+def _configuration(runs: Sequence[Run]) -> tuple[str, list[Fact]]:
     """One stack's resolved configuration, values that its runs do not share listed as alternatives."""
-    flat = [_flat(run.config or {}) for _, run in runs]
-    merged = {}
-    for key in dict.fromkeys(key for one in flat for key in one):
-        values = list({orjson.dumps(one.get(key), default=str): one.get(key) for one in flat}.values())
-        merged[key] = values[0] if len(values) == 1 else {"swept": values}
-    return _text(merged)
-
-
-def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, inner in value.items():
-        name = f"{prefix}{key}"
-        flat |= _flat(inner, f"{name}.") if isinstance(inner, Mapping) and inner else {name: inner}
-    return flat
+    every = [flat(run.config or {}) for _, run in runs]
+    keys = dict.fromkeys(key for one in every for key in one)
+    values = {key: list({plain(one.get(key)): one.get(key) for one in every}.values()) for key in keys}
+    swept = [key for key, held in values.items() if len(held) > 1]
+    text = _text({key: {"swept": held} if key in swept else held[0] for key, held in values.items()})
+    return f"swept: {', '.join(swept)}" if swept else "", [Fact(text, len(runs))] if text else []
 
 
 def _text(value: Mapping[str, Any]) -> str:
-    plain = orjson.loads(orjson.dumps(value, default=str, option=orjson.OPT_NON_STR_KEYS))
-    return (
-        yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=110, default_flow_style=None).strip()
-        if plain
-        else ""
-    )
+    if not value:
+        return ""
+    known = orjson.loads(orjson.dumps(value, default=str, option=orjson.OPT_NON_STR_KEYS))
+    return yaml.safe_dump(known, sort_keys=False, allow_unicode=True, width=110, default_flow_style=None).strip()

@@ -12,6 +12,9 @@ from stackrace.harness.summary import Metric, metrics
 CLOSE = 1.05
 """Medians nearer to each other than this ratio are too close to call."""
 
+NO_COMPARISON = "Nothing to compare: no two stacks have valid points at the same load and context on the same requests."
+HEADLINE = (("ttft", "p50"), ("tpot", "p50"), ("output_throughput", "whole"))
+
 Values = Mapping[str, Sequence[float]]
 
 
@@ -75,30 +78,31 @@ def sentence(points: Sequence[Point], metric: str, statistic: str) -> str:
     fought = duels(points, m, statistic)
     if not fought:
         return _alone(points, m, statistic)
-    example = _example(fought)
-    if example is None:
-        return f"{_tally(fought)} on {name(m, statistic)}: repeats overlap or medians differ by less than 5 %."
-    return f"{_lead(example, m, statistic)} {_tally(fought)}."
+    ahead = _favourite(fought)
+    if ahead is None:
+        return f"No clear lead in {name(m, statistic)}. {_tally(fought)}."
+    return f"{_lead(_example(fought, ahead), m, statistic)} {_tally(fought)}."
 
 
 def frontier_sentence(points: Sequence[Point]) -> str:
     """One line for throughput against interactivity: who is ahead in one without being behind in the other."""
-    first = duels(points, metrics()["output_throughput"], "whole")
-    second = {d.condition: d for d in duels(points, metrics()["interactivity"], "p50")}
-    both = [(d, second[d.condition]) for d in first if d.condition in second]
-    if not both:
-        return "Nothing to compare: this needs valid points of two stacks at the same load and context."
-    fought = [Duel(t.condition, t.values, _undisputed(t.leader, i.leader)) for t, i in both]
-    won = _example(fought)
-    if won is None:
-        return f"{_tally(fought)} on throughput and interactivity together."
-    speed = second[won.condition]
+    speeds = {d.condition: d.values for d in duels(points, metrics()["interactivity"], "p50")}
+    fought = [
+        Duel(d.condition, d.values, _undominated(d.values, speeds[d.condition]))
+        for d in duels(points, metrics()["output_throughput"], "whole")
+        if d.condition in speeds and d.values.keys() == speeds[d.condition].keys()
+    ]
+    if not fought:
+        return NO_COMPARISON if len({p.stack for p in points if p.valid}) > 1 else "Nothing to compare."
+    ahead = _favourite(fought)
+    if ahead is None:
+        return f"No clear lead in throughput and interactivity together. {_tally(fought)}."
+    won = _example(fought, ahead)
     shown = "; ".join(
-        f"{stack}: {digits(median(v))} tok/s at {digits(median(speed.values[stack]))} tok/s/user"
+        f"{stack} {digits(median(v))} tok/s at {digits(median(speeds[won.condition][stack]))} tok/s/user"
         for stack, v in won.values.items()
-        if stack in speed.values
     )
-    return f"A{_where(won)[1:]}, {shown}. {_tally(fought)}."
+    return f"A{_where(won)[1:]}: {shown}. {_tally(fought)}."
 
 
 def headline(points: Sequence[Point]) -> str:
@@ -108,11 +112,19 @@ def headline(points: Sequence[Point]) -> str:
         return "No valid points: nothing can be claimed."
     if len(stacks) == 1:
         return f"Only {stacks[0]} has valid points: nothing to compare it with."
-    parts = [_standing(points, m, s) for m, s in (("ttft", "p50"), ("tpot", "p50"), ("output_throughput", "whole"))]
-    known = [part for part in parts if part]
-    if not known:
-        return "No two stacks have valid points at the same load and context on the same requests: nothing to compare."
-    return _join(known) + "."
+    standings: dict[tuple[str | None, str], list[str]] = defaultdict(list)
+    for metric, statistic in HEADLINE:
+        m = metrics()[metric]
+        fought = duels(points, m, statistic)
+        if fought:
+            ahead = _favourite(fought)
+            most = f"the {_most(m)} {name(m, statistic)}" if ahead else name(m, statistic)
+            standings[ahead, _share(ahead, fought)].append(most)
+    if not standings:
+        return NO_COMPARISON
+    single = max(Counter((p.stack, p.condition) for p in points).values()) == 1
+    told = ". ".join(_standing(*key, titles) for key, titles in standings.items())
+    return told + (", in one run of each." if single else ".")
 
 
 def name(metric: Metric, statistic: str) -> str:
@@ -122,10 +134,8 @@ def name(metric: Metric, statistic: str) -> str:
 
 def where(condition: Condition) -> str:
     """At 4 req/s and 1,024 input tokens."""
-    parts = [condition.load.label] if condition.load else []
-    if condition.context is not None:
-        parts.append(f"{exact(condition.context)} input tokens")
-    return "at " + " and ".join(parts) if parts else "at the one point"
+    tokens = "" if condition.context is None else f" and {exact(condition.context)} input tokens"
+    return f"at {condition.load.label}{tokens}"
 
 
 def _by_stack(points: Sequence[Point], metric: Metric, statistic: str) -> dict[str, list[float]]:
@@ -142,15 +152,14 @@ def _clearly_ahead(own: Sequence[float], other: Sequence[float], better: str) ->
     return max(low) < min(high) and median(high) >= CLOSE * median(low)
 
 
-def _example(fought: Sequence[Duel]) -> Duel | None:
-    """The decided comparison at the highest load, then the longest context."""
-    decided = [d for d in fought if d.leader is not None]
-    return max(decided, key=_weight, default=None)
+def _example(fought: Sequence[Duel], ahead: str) -> Duel:
+    """Of the comparisons that a stack won, the one at the highest load, then the longest context."""
+    return max((d for d in fought if d.leader == ahead), key=_weight)
 
 
 def _weight(duel: Duel) -> tuple[float, float]:
     context, load = duel.condition
-    return load.value if load else 0.0, context or 0.0
+    return load.value, context or 0.0
 
 
 def _lead(duel: Duel, metric: Metric, statistic: str) -> str:
@@ -160,11 +169,15 @@ def _lead(duel: Duel, metric: Metric, statistic: str) -> str:
     rest = {stack: v for stack, v in medians.items() if stack != ahead}
     second = (min if lower else max)(rest, key=lambda stack: rest[stack])
     low, high = sorted((medians[ahead], rest[second]))
-    ratio = f"{digits(high / low)}x {metric.better} than" if low > 0 else f"{metric.better} than"
+    ratio = f"{_times(high / low)} {metric.better} than" if low > 0 else f"{metric.better} than"
     return (
         f"{ahead}'s {name(metric, statistic)} is {ratio} {second}'s {_where(duel)}: "
         f"{digits(medians[ahead])} against {digits(rest[second])} {metric.unit}."
     )
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:.2f}x" if ratio < 2 else f"{ratio:.1f}x" if ratio < 10 else f"{ratio:,.0f}x"
 
 
 def _where(duel: Duel) -> str:
@@ -174,25 +187,23 @@ def _where(duel: Duel) -> str:
 def _tally(fought: Sequence[Duel]) -> str:
     wins = Counter(d.leader for d in fought if d.leader is not None)
     n = len(fought)
-    if not wins:
-        return f"Nobody is clearly ahead at {'the one shared point' if n == 1 else f'any of the {n} shared points'}"
-    if len(wins) == 1 and wins.total() == n:
+    close = n - wins.total()
+    if close == n:
+        return f"Too close to call at {_all_of(n)}: repeats overlap or medians differ by less than 5 %"
+    if len(wins) == 1 and not close:
         return f"{next(iter(wins))} is ahead at {_all_of(n)}"
     parts = [f"{stack} at {number}" for stack, number in wins.most_common()]
-    close = n - wins.total()
-    return f"Ahead: {_join(parts)} of {n} shared points" + (f"; {close} too close to call" if close else "")
+    return f"Of {n} shared points, ahead: {_join(parts)}" + (f"; {close} too close to call" if close else "")
 
 
-def _standing(points: Sequence[Point], metric: str, statistic: str) -> str:
-    m = metrics()[metric]
-    fought = duels(points, m, statistic)
-    if not fought:
-        return ""
+def _standing(ahead: str | None, share: str, titles: Sequence[str]) -> str:
+    return f"{ahead} has {_join(titles)} {share}" if ahead else f"No clear lead in {_join(titles)} {share}"
+
+
+def _favourite(fought: Sequence[Duel]) -> str | None:
+    """The stack that is ahead at more than half of the comparisons."""
     wins = Counter(d.leader for d in fought if d.leader is not None)
-    best = [stack for stack, number in wins.items() if number == max(wins.values())]
-    if len(best) != 1:
-        return f"{name(m, statistic)} is undecided"
-    return f"{best[0]} has the {_most(m)} {name(m, statistic)} at {_share(wins[best[0]], len(fought))}"
+    return next((stack for stack, number in wins.items() if 2 * number > len(fought)), None)
 
 
 def _alone(points: Sequence[Point], metric: Metric, statistic: str) -> str:
@@ -200,7 +211,7 @@ def _alone(points: Sequence[Point], metric: Metric, statistic: str) -> str:
     if not held:
         return f"No valid point has a {name(metric, statistic)}: nothing to see yet."
     if len({p.stack for p in held}) > 1:
-        return "Nothing to compare: no two stacks have valid points at the same load and context on the same requests."
+        return NO_COMPARISON
     low, high = (pick(held, key=lambda p: _own(p, metric, statistic)) for pick in (min, max))
     return (
         f"Nothing to compare {held[0].stack} with. Its {name(metric, statistic)} runs from "
@@ -220,16 +231,27 @@ def _own(point: Point, metric: Metric, statistic: str) -> float:
     return value
 
 
-def _undisputed(first: str | None, second: str | None) -> str | None:
-    return first or second if first is None or second is None or first == second else None
+def _undominated(throughput: Values, speed: Values) -> str | None:
+    """The stack that is clearly ahead of each other one in throughput or interactivity, and behind it in neither."""
+
+    def beats(one: str, other: str) -> bool:
+        pairs = [(v[one], v[other]) for v in (throughput, speed)]
+        ahead = any(_clearly_ahead(own, theirs, "higher") for own, theirs in pairs)
+        return ahead and not any(_clearly_ahead(theirs, own, "higher") for own, theirs in pairs)
+
+    return next((one for one in throughput if all(beats(one, other) for other in throughput if other != one)), None)
 
 
 def _most(metric: Metric) -> str:
     return "lowest" if metric.better == "lower" else "highest"
 
 
-def _share(won: int, n: int) -> str:
-    return _all_of(n) if won == n else f"{won} of {n} shared points"
+def _share(ahead: str | None, fought: Sequence[Duel]) -> str:
+    """At how many of the comparisons a stack is ahead; without one, how many there were."""
+    n, won = len(fought), sum(d.leader == ahead for d in fought)
+    if ahead is None:
+        return f"over {counted(n, 'shared point')}"
+    return f"at {_all_of(n)}" if won == n else f"at {won} of {n} shared points"
 
 
 def _all_of(n: int) -> str:

@@ -4,7 +4,13 @@ from dataclasses import dataclass
 
 LIGHT = ("#0072b2", "#d55e00", "#009e73", "#111111", "#cc79a7", "#e69f00", "#56b4e9")
 DARK = ("#56b4e9", "#ff8a3d", "#1fc796", "#f2f2f2", "#e39cc4", "#f0b429", "#9ad4f5")
-INK = {"text": ("#1c2126", "#e4e7ea"), "faint": ("#5a646e", "#a2acb6"), "grid": ("#e8ebee", "#2a3036")}
+INK = {
+    "text": ("#1c2126", "#e4e7ea"),
+    "faint": ("#5a646e", "#a2acb6"),
+    "grid": ("#e8ebee", "#2a3036"),
+    "halo": ("0 0 3px #ffffff, 0 0 3px #ffffff", "0 0 3px #191d21, 0 0 3px #191d21"),
+    "label": ("#ffffff", "#22272d"),
+}
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "star", "hexagon")
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot", "solid")
 SHAPES = {
@@ -80,10 +86,16 @@ def layout(x: dict[str, object], y: dict[str, object]) -> dict[str, object]:
         "yaxis": y,
         "showlegend": False,
         "hovermode": "closest",
-        "height": 300,
+        "autosize": True,
         "margin": {"l": 52, "r": 14, "t": 8, "b": 44},
         "paper_bgcolor": "rgba(0,0,0,0)",
         "plot_bgcolor": "rgba(0,0,0,0)",
         "font": {"family": FONT, "size": 12, "color": INK["text"][0]},
-        "hoverlabel": {"align": "left", "font": {"family": FONT, "size": 12}},
+        "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": INK["faint"][0], "activecolor": INK["text"][0]},
+        "hoverlabel": {
+            "align": "left",
+            "bgcolor": INK["label"][0],
+            "bordercolor": INK["faint"][0],
+            "font": {"family": FONT, "size": 12, "color": INK["text"][0]},
+        },
     }

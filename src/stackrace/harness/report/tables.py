@@ -3,11 +3,12 @@
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from stackrace.harness.report.numbers import NONE, digits, exact
-from stackrace.harness.report.points import Condition, Point, by_setting, from_runs
+from stackrace.harness.report.numbers import digits, exact
+from stackrace.harness.report.points import Point, by_setting, from_runs
 from stackrace.harness.store import StoredRun
 from stackrace.harness.summary import metrics
 
@@ -22,6 +23,7 @@ STATISTICS = {
     "failed": ("run",),
     "lag": ("p99",),
 }
+PRINTED = (("ttft", "p50"), ("ttft", "p90"), ("tpot", "p50"), ("output_throughput", "whole"), ("failed", "run"))
 
 
 class Column(NamedTuple):
@@ -37,10 +39,8 @@ class Column(NamedTuple):
 def columns(points: Sequence[Point]) -> list[Column]:
     """The metrics that some of the points have."""
     known = metrics()
-    found = ((name, [s for s in all_ if any(p.value(name, s) is not None for p in points)]) for name, all_ in _wanted())
-    return [
-        Column(name, known[name].label, known[name].unit, known[name].help, stats) for name, stats in found if stats
-    ]
+    found = {m: [s for s in all_ if any(p.value(m, s) is not None for p in points)] for m, all_ in STATISTICS.items()}
+    return [Column(m, known[m].label, known[m].unit, known[m].help, stats) for m, stats in found.items() if stats]
 
 
 def cell(point: Point, metric: str, statistic: str) -> str:
@@ -57,7 +57,7 @@ def outcome(point: Point) -> str:
 def text_table(runs: Iterable[StoredRun]) -> Table:
     """The closing table of a sweep: stacks beside each other at each point."""
     points = from_runs(runs)
-    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
+    table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False)
     for header in ("stack", "load", "tokens in/out", "repeat"):
         table.add_column(header, no_wrap=header != "stack", justify="left" if header == "stack" else "right")
     for header in ("TTFT p50", "p90 ms", "TPOT p50 ms", "output tok/s", "failed"):
@@ -76,28 +76,10 @@ def _add_rows(table: Table, points: Sequence[Point]) -> None:
 
 
 def _cells(point: Point) -> list[Text]:
-    context, load = Condition(*point.condition)
-    plain = [
-        point.stack,
-        load.label if load else NONE,
-        f"{exact(context)} / {exact(point.setting.output_tokens)}",
-        str(point.repeat),
-        *(
-            cell(point, metric, statistic)
-            for metric, statistic in (
-                ("ttft", "p50"),
-                ("ttft", "p90"),
-                ("tpot", "p50"),
-                ("output_throughput", "whole"),
-                ("failed", "run"),
-            )
-        ),
-    ]
+    context, load = point.condition
+    asked = f"{exact(context)} / {exact(point.setting.output_tokens)}"
+    plain = [point.stack, load.label, asked, str(point.repeat), *(cell(point, m, s) for m, s in PRINTED)]
     style = {"valid": "green", "suspect": "yellow"}.get(outcome(point), "red")
     verdict = Text(outcome(point), style=style)
     verdict.append(": " + "; ".join(point.reasons) if point.reasons else "", style="dim")
     return [*map(Text, plain), verdict]
-
-
-def _wanted() -> Iterable[tuple[str, tuple[str, ...]]]:
-    return STATISTICS.items()

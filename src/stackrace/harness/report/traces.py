@@ -55,9 +55,8 @@ def reference(at: Sequence[float], values: Sequence[float], text: str) -> Trace:
 
 def hover(point: Point) -> str:
     """Every main number of a point, as the HTML subset that plotly draws."""
-    load = f" · {point.condition.load.label}" if point.condition.load else ""
     asked = f"{exact(point.condition.context)} in, {exact(point.setting.output_tokens)} out"
-    head = f"<b>{plain(point.stack)}</b>{load} · {asked} · repeat {point.repeat}"
+    head = f"<b>{plain(point.stack)}</b> · {point.condition.load.label} · {asked} · repeat {point.repeat}"
     lines = [head, *_verdict(point), *(_told(point, metrics()[m]) for m in HOVERED if m in point.summary)]
     return "<br>".join([*lines, _counts(point)])
 
@@ -88,8 +87,8 @@ def _line(points: Sequence[Point], look: Look, variant: Variant, placing: Placin
 
 
 def _labels(places: Sequence[float]) -> Trace:
-    font = {"color": INK["faint"][0], "size": 11}
-    return {"text": [exact(place) for place in places], "textposition": "top center", "textfont": font}
+    font = {"color": INK["text"][0], "size": 11, "shadow": INK["halo"][0]}
+    return {"text": [exact(place) for place in places], "textposition": "top right", "textfont": font}
 
 
 def _middle(points: Sequence[Point], read: Reading) -> float | None:
