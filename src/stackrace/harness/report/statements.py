@@ -249,9 +249,9 @@ def _most(metric: Metric) -> str:
 def _share(ahead: str | None, fought: Sequence[Duel]) -> str:
     """At how many of the comparisons a stack is ahead; without one, how many there were."""
     n, won = len(fought), sum(d.leader == ahead for d in fought)
-    if ahead is None:
-        return f"over {counted(n, 'shared point')}"
-    return f"at {_all_of(n)}" if won == n else f"at {won} of {n} shared points"
+    if ahead is None and n > 1:
+        return f"over {n} shared points"
+    return f"at {_all_of(n)}" if won == n or ahead is None else f"at {won} of {n} shared points"
 
 
 def _all_of(n: int) -> str:
