@@ -23,7 +23,8 @@ function bold(trace) {
   return { ...trace, opacity: 1, ...(marker ? { marker } : { line: { ...trace.line, width: 2.2 } }) };
 }
 
-function chosen(traces, choice) {
+function chosen(panel, choice) {
+  const traces = panel.map((trace) => ({ ...trace, hovertext: trace.hovertext?.map((place) => report.texts[place]) }));
   if (choice === "all") return traces;
   return traces
     .filter((trace) => trace.meta.variant === null || trace.meta.variant === choice)

@@ -76,7 +76,7 @@ def _render(points: Sequence[Point], runs: Mapping[Path, StoredRun]) -> str:
         css=_asset("page.css"),
         js=_asset("page.js"),
         plotly=Markup(get_plotlyjs()),
-        data=_embedded({"dark": dark_of(), "figures": _figures(sections)}),
+        data=_embedded(_data(sections)),
         looks=styles,
         sections=sections,
         span=_span(runs.values()),
@@ -131,17 +131,28 @@ def _remarks(points: Sequence[Point]) -> list[str]:
     return remarks
 
 
-def _figures(sections: Sequence[Section]) -> dict[str, Any]:
-    """What page.js draws, by the id of the chart."""
-    return {
+def _data(sections: Sequence[Section]) -> dict[str, Any]:
+    """What page.js draws: figures by the id of the chart, whose hover texts are places in one list."""
+    texts: dict[str, int] = {}
+    figures = {
         f"{section.id}-{chart.name}": {
             "scale": chart.scale,
             "choice": next(iter(chart.choices), "all"),
-            "views": {v.name: {"axes": v.axes, "panels": [p.figure for p in v.panels]} for v in chart.views},
+            "views": {
+                v.name: {"axes": v.axes, "panels": [_told_once(p.figure, texts) for p in v.panels]} for v in chart.views
+            },
         }
         for section in sections
         for chart in section.charts
     }
+    return {"dark": dark_of(), "texts": list(texts), "figures": figures}
+
+
+def _told_once(figure: dict[str, Any], texts: dict[str, int]) -> dict[str, Any]:
+    """The figure with its hover texts replaced by their places in `texts`, which grows."""
+    places = [[texts.setdefault(t, len(texts)) for t in trace.get("hovertext", [])] for trace in figure["data"]]
+    data = [{**trace, "hovertext": at} if at else trace for trace, at in zip(figure["data"], places, strict=True)]
+    return {**figure, "data": data}
 
 
 def _embedded(data: object) -> Markup:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from stackrace.harness.report.numbers import counted, digits, exact
+from stackrace.harness.report.numbers import digits, exact
 from stackrace.harness.report.points import Condition, Point
 from stackrace.harness.summary import Metric, metrics
 
@@ -13,6 +13,7 @@ CLOSE = 1.05
 """Medians nearer to each other than this ratio are too close to call."""
 
 NO_COMPARISON = "Nothing to compare: no two stacks have valid points at the same load and context on the same requests."
+NO_OTHER = "No other stack has valid points to compare it with."
 HEADLINE = (("ttft", "p50"), ("tpot", "p50"), ("output_throughput", "whole"))
 
 Values = Mapping[str, Sequence[float]]
@@ -93,7 +94,7 @@ def frontier_sentence(points: Sequence[Point]) -> str:
         if d.condition in speeds and d.values.keys() == speeds[d.condition].keys()
     ]
     if not fought:
-        return NO_COMPARISON if len({p.stack for p in points if p.valid}) > 1 else "Nothing to compare."
+        return _peak(points)
     ahead = _favourite(fought)
     if ahead is None:
         return f"No clear lead in throughput and interactivity together. {_tally(fought)}."
@@ -103,6 +104,17 @@ def frontier_sentence(points: Sequence[Point]) -> str:
         for stack, v in won.values.items()
     )
     return f"A{_where(won)[1:]}: {shown}. {_tally(fought)}."
+
+
+def _peak(points: Sequence[Point]) -> str:
+    """Where there is nothing to compare: the most throughput that the one stack reaches, and how it feels there."""
+    held = [p for p in points if p.valid and {"interactivity", "output_throughput"} <= p.summary.keys()]
+    if len({p.stack for p in held}) != 1:
+        return NO_COMPARISON if held else "No valid point has both: nothing to see yet."
+    best = max(held, key=lambda p: _own(p, metrics()["output_throughput"], "whole"))
+    speed = digits(best.value("interactivity", "p50"))
+    most = _told(best, metrics()["output_throughput"], "whole")
+    return f"{best.stack} reaches {most}, with {speed} tok/s for each user. {NO_OTHER}"
 
 
 def headline(points: Sequence[Point]) -> str:
@@ -122,9 +134,9 @@ def headline(points: Sequence[Point]) -> str:
             standings[ahead, _share(ahead, fought)].append(most)
     if not standings:
         return NO_COMPARISON
+    told = ". ".join(_standing(*key, titles) for key, titles in standings.items()) + "."
     single = max(Counter((p.stack, p.condition) for p in points).values()) == 1
-    told = ". ".join(_standing(*key, titles) for key, titles in standings.items())
-    return told + (", in one run of each." if single else ".")
+    return f"In this run {told[0].lower() if told.startswith('No ') else told[0]}{told[1:]}" if single else told
 
 
 def name(metric: Metric, statistic: str) -> str:
@@ -197,7 +209,7 @@ def _tally(fought: Sequence[Duel]) -> str:
 
 
 def _standing(ahead: str | None, share: str, titles: Sequence[str]) -> str:
-    return f"{ahead} has {_join(titles)} {share}" if ahead else f"No clear lead in {_join(titles)} {share}"
+    return f"{ahead} has {_join(titles)} {share}" if ahead else f"No clear lead in {_join(titles)}"
 
 
 def _favourite(fought: Sequence[Duel]) -> str | None:
@@ -213,12 +225,9 @@ def _alone(points: Sequence[Point], metric: Metric, statistic: str) -> str:
     if len({p.stack for p in held}) > 1:
         return NO_COMPARISON
     low, high = (pick(held, key=lambda p: _own(p, metric, statistic)) for pick in (min, max))
-    return (
-        f"Nothing to compare {held[0].stack} with. Its {name(metric, statistic)} runs from "
-        f"{_told(low, metric, statistic)} to {_told(high, metric, statistic)}."
-        if len(held) > 1
-        else f"Nothing to compare {held[0].stack} with: {_told(low, metric, statistic)}."
-    )
+    first, last = _told(low, metric, statistic), _told(high, metric, statistic)
+    span = f"is {first}" if low == high else f"runs from {first} to {last}"
+    return f"{held[0].stack}'s {name(metric, statistic)} {span}. {NO_OTHER}"
 
 
 def _told(point: Point, metric: Metric, statistic: str) -> str:
@@ -247,15 +256,15 @@ def _most(metric: Metric) -> str:
 
 
 def _share(ahead: str | None, fought: Sequence[Duel]) -> str:
-    """At how many of the comparisons a stack is ahead; without one, how many there were."""
+    """At how many of the comparisons a stack is ahead; nothing where none is."""
     n, won = len(fought), sum(d.leader == ahead for d in fought)
-    if ahead is None and n > 1:
-        return f"over {n} shared points"
-    return f"at {_all_of(n)}" if won == n or ahead is None else f"at {won} of {n} shared points"
+    if ahead is None:
+        return ""
+    return f"at {_all_of(n)}" if won == n else f"at {won} of {n} shared points"
 
 
 def _all_of(n: int) -> str:
-    return "the one shared point" if n == 1 else f"all {counted(n, 'shared point')}"
+    return {1: "the one shared point", 2: "both shared points"}.get(n, f"all {n:,} shared points")
 
 
 def _join(parts: Sequence[str]) -> str:

@@ -75,7 +75,7 @@ def _line(points: Sequence[Point], look: Look, variant: Variant, placing: Placin
     places = sorted(steps)
     return {
         "type": "scatter",
-        "mode": "lines+text" if placing.order else "lines",
+        "mode": "lines+markers+text" if placing.order else "lines",
         "x": [_middle(steps[place], placing.x) if placing.order else place for place in places],
         "y": [_middle(steps[place], variant.y) for place in places],
         "line": {"color": look.colour, "dash": look.dash, "width": (2.2, 1.5, 1.2)[variant.rank]},
@@ -88,7 +88,8 @@ def _line(points: Sequence[Point], look: Look, variant: Variant, placing: Placin
 
 def _labels(places: Sequence[float]) -> Trace:
     font = {"color": INK["text"][0], "size": 11, "shadow": INK["halo"][0]}
-    return {"text": [exact(place) for place in places], "textposition": "top right", "textfont": font}
+    room = {"size": 10, "opacity": 0}  # no marker, but the text keeps clear of where one would be
+    return {"text": [exact(place) for place in places], "textposition": "top right", "textfont": font, "marker": room}
 
 
 def _middle(points: Sequence[Point], read: Reading) -> float | None:
