@@ -92,11 +92,11 @@ def page(tmp_path):
 
 
 def embedded(html):
-    """The figures that page.js draws, hover texts put back as it does."""
+    """The figures that page.js draws, tips put back as it does."""
     data = json.loads(re.search(r'<script type="application/json" id="report">(.*?)</script>', html, re.S)[1])
     for figure in data["figures"].values():
         for trace in (t for view in figure["views"].values() for p in view["panels"] for t in p["data"]):
-            trace["hovertext"] = [data["texts"][place] for place in trace.get("hovertext", [])]
+            trace["customdata"] = [data["tips"][place] for place in trace.get("customdata", [])]
     return data
 
 
@@ -155,8 +155,11 @@ def test_points_that_are_not_valid_are_hollow_and_say_why(write, page):
     write(rate=4.0, unjudged=True)
     dot = dots(embedded(page())["figures"]["s0-ttft"]["views"]["load"]["panels"][0])[-1]
     assert dot["marker"]["symbol"] == ["circle", "circle-open", "circle-open"]
-    assert "suspect: send lag p99 is 9 ms" in dot["hovertext"][1]
-    assert "never judged" in dot["hovertext"][2]
+    assert [(t["outcome"], t["reasons"]) for t in dot["customdata"]] == [
+        ("valid", []),
+        ("suspect", ["send lag p99 is 9 ms"]),
+        ("unknown", ["its validity was never judged"]),
+    ]
 
 
 def test_a_failed_point_is_in_the_table_with_its_error_and_never_drawn(write, page):
@@ -331,8 +334,9 @@ def test_strings_of_a_run_cannot_break_the_page(write, page):
     assert "<script>alert" not in html
     assert "<b>x</b>" not in html
     assert html.count("<script") == html.count("</script>") == 2  # the data and page.js
-    hover = dots(embedded(html)["figures"]["s1-ttft"]["views"]["load"]["panels"][0])[0]["hovertext"][0]
-    assert "&lt;script&gt;alert(1)&lt;/script&gt;&amp;&lt;b&gt;" in hover
+    tip = dots(embedded(html)["figures"]["s1-ttft"]["views"]["load"]["panels"][0])[0]["customdata"][0]
+    assert (tip["title"], tip["reasons"]) == (EVIL, [EVIL])  # page.js sets it as text, never as HTML
+    assert "innerHTML" not in html
 
 
 def test_the_page_needs_no_network(write, page):
@@ -350,7 +354,7 @@ def test_what_was_run_is_told_once(write, page):
     assert html.count("serve --flag &#39;a b&#39;") == 1
     shown = text(html)
     assert "Software commit abcdef1 with changes" in shown
-    assert "Configuration: a swept: arrival.rate" in shown
+    assert "Configuration swept: arrival.rate" in shown
 
 
 def test_no_run_is_a_usage_error(tmp_path):

@@ -41,15 +41,45 @@ def rendered(page, tmp_path, *flags):
     return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 
 
-@pytest.mark.parametrize(("scheme", "colour"), [(1, "rgb(0, 114, 178)"), (0, "rgb(86, 180, 233)")])
-def test_every_panel_is_drawn_in_the_theme_in_force(tmp_path, scheme, colour):
+@pytest.fixture
+def page(tmp_path):
     for i, (rate, context) in enumerate((r, c) for r in (1.0, 4.0) for c in (128, 1024)):
         write(tmp_path / "results" / f"{i}", "<i>a</i>", rate, context)
-    page = build([tmp_path / "results"], tmp_path / "report.html")
+    return build([tmp_path / "results"], tmp_path / "report.html")
+
+
+@pytest.mark.parametrize(("scheme", "colour"), [(1, "rgb(0, 114, 178)"), (0, "rgb(86, 180, 233)")])
+def test_every_panel_is_drawn_in_the_theme_in_force(page, tmp_path, scheme, colour):
     document, complaints = rendered(page, tmp_path, f"--blink-settings=preferredColorScheme={scheme}")
     assert complaints == []
     panels = re.findall(r'<div class="plot js-plotly-plot"', document)
     assert len(panels) == 8  # four charts of two contexts; the views against context wait until they are asked for
-    points = re.findall(r'<path class="point"[^>]*style="([^"]*)"', document)
+    points = re.findall(r'<path class="point plotly-customdata"[^>]*style="([^"]*)"', document)
     assert len(points) >= 2 * 2 * 4
     assert all(colour in style for style in points)
+
+
+ACTS = """<script>
+document.querySelector("input[name=s0-ttft-view][value=context]").click();
+document.querySelector("input[name=s0-tpot-choice][value=p90]").click();
+document.querySelectorAll("th button")[1].click();
+document.querySelectorAll("th button")[1].click();
+const plot = document.querySelector("#s0-tpot .plot");
+plot.emit("plotly_hover", { points: [{ customdata: 0 }], event: { clientX: 5, clientY: 5 } });
+</script>"""
+
+
+def test_choosing_sorting_and_hovering(page, tmp_path):
+    with page.open("a") as more:
+        more.write(ACTS)
+    document, complaints = rendered(page, tmp_path)
+    assert complaints == []
+    ttft = document[document.index('id="s0-ttft"') : document.index('id="s0-tpot"')]
+    assert re.search(r'data-view="load" hidden', ttft)
+    assert not re.search(r'data-view="context" hidden', ttft)
+    assert len(re.findall(r'<div class="plot js-plotly-plot"', ttft)) == 4  # both views have been drawn
+    body = document[document.index("<tbody") :]
+    assert re.findall(r"<tr[^>]*>.*?<td data-value=\"([\d.]+)\"", body, re.S) == ["4.0", "4.0", "1.0", "1.0"]
+    shown = document[document.index('id="tip"') :]
+    assert "<strong>&lt;i&gt;a&lt;/i&gt;</strong><p>1 req/s · 128 in, 4 out · repeat 0</p>" in shown
+    assert "<tr><td>TTFT</td><td>p50 8.00 · p90 8.00</td><td>ms</td></tr>" in shown

@@ -130,7 +130,7 @@ def _view(
     for value, held in facets(points, cut).items():
         x = swept([place for p in held if (place := cut.x(p)) is not None], cut.title)
         ends = [10**e if x["type"] == "log" else e for e in x["range"]]
-        traces = [reference(ends, [limit, limit], f"SLO {exact(limit)} {metric.unit}") for limit in limits]
+        traces = [reference(ends, [limit, limit]) for limit in limits]
         traces += _offered(held, cut, metric) + _traces(held, looks, variants, Placing(cut.x))
         panels.append(_panel(cut.facet_title(value), f"{metric.label} against {cut.title}", traces, x, axis()))
     return View(cut.name, f"against {cut.title}", upright(span), panels)
@@ -164,7 +164,7 @@ def _offered(points: Sequence[Point], cut: Cut, metric: Metric) -> list[Trace]:
     if metric.name != "output_throughput" or setting.closed or not setting.output_tokens:
         return []
     at = {x: rate for p in points if (x := cut.x(p)) is not None and (rate := load(p)) is not None}
-    return [reference(sorted(at), [at[x] * setting.output_tokens for x in sorted(at)], "offered")]
+    return [reference(sorted(at), [at[x] * setting.output_tokens for x in sorted(at)])]
 
 
 def _panel(title: str, what: str, traces: list[Trace], x: dict[str, Any], y: dict[str, Any]) -> Panel:

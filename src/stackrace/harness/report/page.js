@@ -23,8 +23,7 @@ function bold(trace) {
   return { ...trace, opacity: 1, ...(marker ? { marker } : { line: { ...trace.line, width: 2.2 } }) };
 }
 
-function chosen(panel, choice) {
-  const traces = panel.map((trace) => ({ ...trace, hovertext: trace.hovertext?.map((place) => report.texts[place]) }));
+function chosen(traces, choice) {
   if (choice === "all") return traces;
   return traces
     .filter((trace) => trace.meta.variant === null || trace.meta.variant === choice)
@@ -35,6 +34,30 @@ function figure(panel, axes, state) {
   const y = { ...panel.layout.yaxis, ...(axes[state.scale] ?? axes.linear) };
   const layout = { ...panel.layout, yaxis: y, dragmode: coarse ? false : "zoom" };
   return themed({ data: chosen(panel.data, state.choice), layout });
+}
+
+function element(name, text, ...children) {
+  const made = document.createElement(name);
+  made.textContent = text;
+  made.append(...children);
+  return made;
+}
+
+const box = document.getElementById("tip");
+const hide = () => { box.hidden = true; };
+
+// The tip beside the pointer, within the window.
+function show(tip, { clientX, clientY }) {
+  const reasons = tip.reasons.length ? `: ${tip.reasons.join("; ")}` : "";
+  const rows = tip.rows.map((row) => element("tr", "", ...row.map((text) => element("td", text))));
+  const outcome = element("p", "", element("span", tip.outcome), reasons);
+  outcome.firstChild.className = tip.outcome;
+  box.replaceChildren(element("strong", tip.title), element("p", tip.where), outcome, element("table", "", ...rows), element("p", tip.counts));
+  box.hidden = false;
+  const { width, height } = box.getBoundingClientRect();
+  const beside = clientX + 16 + width < innerWidth ? clientX + 16 : clientX - 16 - width;
+  box.style.left = `${Math.max(8, beside)}px`;
+  box.style.top = `${Math.max(8, Math.min(clientY - height / 2, innerHeight - height - 8))}px`;
 }
 
 function draw(id) {
@@ -49,6 +72,11 @@ function draw(id) {
     group.querySelectorAll(".plot").forEach((plot, i) => {
       const { data: traces, layout } = figure(data.views[view].panels[i], data.views[view].axes, state);
       Plotly.react(plot, traces, layout, config);
+      if (!plot.dataset.listens) {
+        plot.dataset.listens = "yes";
+        plot.on("plotly_hover", ({ points, event }) => show(report.tips[points[0].customdata], event));
+        plot.on("plotly_unhover", hide);
+      }
     });
   }
 }
@@ -72,5 +100,6 @@ function sort(button) {
 const redraw = () => Object.keys(report.figures).forEach(draw);
 document.querySelectorAll(".chart").forEach((chart) => chart.addEventListener("change", () => draw(chart.id)));
 document.querySelectorAll("th button").forEach((button) => button.addEventListener("click", () => sort(button)));
+document.addEventListener("scroll", hide, { passive: true });
 dark.addEventListener("change", redraw);
 redraw();

@@ -132,26 +132,28 @@ def _remarks(points: Sequence[Point]) -> list[str]:
 
 
 def _data(sections: Sequence[Section]) -> dict[str, Any]:
-    """What page.js draws: figures by the id of the chart, whose hover texts are places in one list."""
-    texts: dict[str, int] = {}
+    """What page.js draws: figures by the id of the chart, whose tips are places in one list."""
+    tips: dict[bytes, int] = {}
     figures = {
         f"{section.id}-{chart.name}": {
             "scale": chart.scale,
             "choice": next(iter(chart.choices), "all"),
             "views": {
-                v.name: {"axes": v.axes, "panels": [_told_once(p.figure, texts) for p in v.panels]} for v in chart.views
+                v.name: {"axes": v.axes, "panels": [_told_once(p.figure, tips) for p in v.panels]} for v in chart.views
             },
         }
         for section in sections
         for chart in section.charts
     }
-    return {"dark": dark_of(), "texts": list(texts), "figures": figures}
+    return {"dark": dark_of(), "tips": [orjson.loads(t) for t in tips], "figures": figures}
 
 
-def _told_once(figure: dict[str, Any], texts: dict[str, int]) -> dict[str, Any]:
-    """The figure with its hover texts replaced by their places in `texts`, which grows."""
-    places = [[texts.setdefault(t, len(texts)) for t in trace.get("hovertext", [])] for trace in figure["data"]]
-    data = [{**trace, "hovertext": at} if at else trace for trace, at in zip(figure["data"], places, strict=True)]
+def _told_once(figure: dict[str, Any], tips: dict[bytes, int]) -> dict[str, Any]:
+    """The figure with its tips replaced by their places in `tips`, which grows."""
+    places = [
+        [tips.setdefault(orjson.dumps(t), len(tips)) for t in trace.get("customdata", [])] for trace in figure["data"]
+    ]
+    data = [{**trace, "customdata": at} if at else trace for trace, at in zip(figure["data"], places, strict=True)]
     return {**figure, "data": data}
 
 

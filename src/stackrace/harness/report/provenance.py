@@ -41,7 +41,7 @@ def what_was_run(runs: Sequence[Run]) -> list[Group]:
         Group("Machine", "; ".join(machines), _distinct(held, "gpus", "cpu", "memory_bytes", "platform", "cores")),
         Group("Software", _code(held), _distinct(held, "stackrace", "git", "python", "packages")),
         Group("Schedules", *_schedules(runs)),
-        *(Group(f"Configuration: {stack}", *_configuration(own)) for stack, own in stacks),
+        Group("Configuration", *_configuration(runs)),
     ]
     return [group for group in groups if group.facts]
 
@@ -54,12 +54,13 @@ def _by_stack(runs: Sequence[Run]) -> dict[str, list[Run]]:
 
 
 def _backends(runs: Sequence[Run]) -> list[Fact]:
-    return _counted([_backend(run.meta.get("backend") or {}) for _, run in runs])
+    return _counted([_backend(run.meta.get("backend") or {}, run.config or {}) for _, run in runs])
 
 
-def _backend(backend: Mapping[str, Any]) -> str:
-    command = backend.get("command")
-    facts = {name: backend[name] for name in ("version", "fingerprint", "environment") if backend.get(name)}
+def _backend(launched: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+    command = launched.get("command")
+    facts = {name: launched[name] for name in ("version", "fingerprint", "environment") if launched.get(name)}
+    facts |= flat(config.get("backend") or {}, "backend.")
     return "\n".join(part for part in (shlex.join(map(str, command)) if command else "", _text(facts)) if part)
 
 
@@ -98,13 +99,17 @@ def _schedules(runs: Sequence[Run]) -> tuple[str, list[Fact]]:
 
 
 def _configuration(runs: Sequence[Run]) -> tuple[str, list[Fact]]:
-    """One stack's resolved configuration, values that its runs do not share listed as alternatives."""
-    every = [flat(run.config or {}) for _, run in runs]
+    """The resolved configuration besides the stacks', values that the runs do not share listed as alternatives."""
+    every = [_without_backend(run) for _, run in runs]
     keys = dict.fromkeys(key for one in every for key in one)
     values = {key: list({plain(one.get(key)): one.get(key) for one in every}.values()) for key in keys}
     swept = [key for key, held in values.items() if len(held) > 1]
     text = _text({key: {"swept": held} if key in swept else held[0] for key, held in values.items()})
     return f"swept: {', '.join(swept)}" if swept else "", [Fact(text, len(runs))] if text else []
+
+
+def _without_backend(run: StoredRun) -> dict[str, Any]:
+    return flat({key: value for key, value in (run.config or {}).items() if key != "backend"})
 
 
 def _text(value: Mapping[str, Any]) -> str:

@@ -9,7 +9,6 @@ INK = {
     "faint": ("#5a646e", "#a2acb6"),
     "grid": ("#e8ebee", "#2a3036"),
     "halo": ("0 0 3px #ffffff, 0 0 3px #ffffff", "0 0 3px #191d21, 0 0 3px #191d21"),
-    "label": ("#ffffff", "#22272d"),
 }
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "star", "hexagon")
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot", "solid")
@@ -92,10 +91,4 @@ def layout(x: dict[str, object], y: dict[str, object]) -> dict[str, object]:
         "plot_bgcolor": "rgba(0,0,0,0)",
         "font": {"family": FONT, "size": 12, "color": INK["text"][0]},
         "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": INK["faint"][0], "activecolor": INK["text"][0]},
-        "hoverlabel": {
-            "align": "left",
-            "bgcolor": INK["label"][0],
-            "bordercolor": INK["faint"][0],
-            "font": {"family": FONT, "size": 12, "color": INK["text"][0]},
-        },
     }

@@ -1,21 +1,18 @@
 """Traces: a line through the median of the repeats, and a dot for every run, hollow where it is not valid."""
 
-import html
-import textwrap
 from collections import defaultdict
 from collections.abc import Sequence
 from statistics import median
 from typing import Any, NamedTuple
 
 from stackrace.harness.report.axes import Reading
-from stackrace.harness.report.numbers import digits, exact
+from stackrace.harness.report.numbers import exact
 from stackrace.harness.report.points import Point
 from stackrace.harness.report.style import INK, Look
-from stackrace.harness.summary import Metric, metrics
+from stackrace.harness.report.tips import tip
 
 Trace = dict[str, Any]
 OPACITY = (1.0, 0.6, 0.4)
-HOVERED = ("ttft", "tpot", "itl", "e2e", "interactivity", "output_throughput", "request_throughput", "goodput")
 
 
 class Variant(NamedTuple):
@@ -39,7 +36,7 @@ def stack_traces(points: Sequence[Point], look: Look, variant: Variant, placing:
     return [_line(points, look, variant, placing), _dots(drawn, look, variant, placing.x)] if drawn else []
 
 
-def reference(at: Sequence[float], values: Sequence[float], text: str) -> Trace:
+def reference(at: Sequence[float], values: Sequence[float]) -> Trace:
     """A quiet dotted line to hold the others against."""
     return {
         "type": "scatter",
@@ -47,23 +44,9 @@ def reference(at: Sequence[float], values: Sequence[float], text: str) -> Trace:
         "x": list(at),
         "y": list(values),
         "line": {"color": INK["faint"][0], "dash": "2px,3px", "width": 1.2},
-        "hoverinfo": "text",
-        "text": text,
+        "hoverinfo": "skip",
         "meta": {"variant": None},
     }
-
-
-def hover(point: Point) -> str:
-    """Every main number of a point, as the HTML subset that plotly draws."""
-    asked = f"{exact(point.condition.context)} in, {exact(point.setting.output_tokens)} out"
-    head = f"<b>{plain(point.stack)}</b> · {point.condition.load.label} · {asked} · repeat {point.repeat}"
-    lines = [head, *_verdict(point), *(_told(point, metrics()[m]) for m in HOVERED if m in point.summary)]
-    return "<br>".join([*lines, _counts(point)])
-
-
-def plain(text: str) -> str:
-    """Text that plotly shows as it is: it would take tags in it for markup."""
-    return html.escape(text, quote=False).replace("\n", " ")
 
 
 def _line(points: Sequence[Point], look: Look, variant: Variant, placing: Placing) -> Trace:
@@ -113,25 +96,7 @@ def _dots(drawn: Sequence[Point], look: Look, variant: Variant, x: Reading) -> T
             "line": {"width": [0 if p.valid else 1.8 for p in drawn], "color": look.colour},
         },
         "opacity": OPACITY[variant.rank],
-        "hoverinfo": "text",
-        "hovertext": [hover(p) for p in drawn],
+        "hoverinfo": "none",
+        "customdata": [tip(p) for p in drawn],
         "meta": {"variant": variant.name},
     }
-
-
-def _verdict(point: Point) -> list[str]:
-    if point.valid:
-        return ["valid"]
-    text = point.verdict + (": " + "; ".join(point.reasons) if point.reasons else "")
-    return [plain(line) for line in textwrap.wrap(text, 64)]
-
-
-def _told(point: Point, metric: Metric) -> str:
-    stats = [f"p{q * 100:g}" for q in metric.quantiles] or ["whole", "steady"]
-    told = [f"{s} {digits(v)}" for s in stats if (v := point.value(metric.name, s)) is not None]
-    return f"{metric.label}: {' · '.join(told) or digits(None)} {metric.unit}"
-
-
-def _counts(point: Point) -> str:
-    failed, censored = (point.value(m, "run") or 0 for m in ("failed", "censored"))
-    return f"{point.requests:,} requests, {failed:.0f} failed, {censored:.0f} cut off"
