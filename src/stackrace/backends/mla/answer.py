@@ -44,8 +44,9 @@ class Answer:
             event = await self._events.get()
             tokens.append(event.token)
             reason = event.finish_reason
+        choices = [self._choice(tokens, reason)]
         self._num_output = len(tokens)
-        return as_json(self._head | {"choices": [self._choice(tokens, reason)], "usage": self._usage()})
+        return as_json(self._head | {"choices": choices, "usage": self._usage()})
 
     async def stream(self, request: web.Request) -> web.StreamResponse:
         """Server-sent events, one for each step that gave a token (steps share one if the client is slow)."""
