@@ -35,7 +35,7 @@ class Connection:
         if not isinstance(self.sock, ssl.SSLSocket):
             data, ancillary, _, _ = self.sock.recvmsg(_READ_BYTES, _ANCILLARY_BYTES)
             return [Read(now(), ancillary, data)]
-        reads = []
+        reads: list[Read] = []
         with contextlib.suppress(ssl.SSLWantReadError, ssl.SSLWantWriteError):
             while not reads or reads[-1].data:  # what TLS has decrypted does not wake the loop again
                 reads.append(Read(now(), [], self.sock.recv(_READ_BYTES)))

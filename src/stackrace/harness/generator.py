@@ -1,8 +1,6 @@
 """The parent's side of the load generator: starts the worker, reads its captures, turns them into records."""
 
-import pickle
 import queue
-import struct
 import subprocess
 import sys
 import tempfile
@@ -10,19 +8,17 @@ import threading
 from collections.abc import Iterator
 from typing import IO
 
-from stackrace.harness import worker
+from stackrace.harness import messages
 from stackrace.harness.dialect import Answer, parse
 from stackrace.harness.driver import Capture
 from stackrace.harness.errors import LoadGeneratorDied
 from stackrace.harness.types import Record
 
-_LENGTH = struct.Struct("<Q")
-
 
 class LoadGenerator:
     """A running worker. Use as a context manager: on leaving, the process is gone."""
 
-    def __init__(self, job: worker.Job) -> None:
+    def __init__(self, job: messages.Job) -> None:
         self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (closed in __exit__)
         self._process = subprocess.Popen(
             [sys.executable, "-m", "stackrace.harness.worker"],
@@ -31,11 +27,10 @@ class LoadGenerator:
             stderr=self._errors,
             start_new_session=True,  # Ctrl-C is for the harness, which then stops the worker in order
         )
-        body = pickle.dumps(job, pickle.HIGHEST_PROTOCOL)
         assert self._process.stdin is not None
-        self._process.stdin.write(_LENGTH.pack(len(body)) + body)
+        self._process.stdin.write(messages.encode(job))
         self._process.stdin.flush()
-        self._inbox: queue.SimpleQueue[worker.Message | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[messages.Message | None] = queue.SimpleQueue()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
@@ -57,7 +52,7 @@ class LoadGenerator:
         if not self._process.stdin.closed:
             self._process.stdin.close()
 
-    def messages(self, interval: float) -> Iterator[worker.Message | None]:
+    def messages(self, interval: float) -> Iterator[messages.Message | None]:
         """Messages as they come, None whenever `interval` seconds passed without one; ends with the worker.
 
         Raises LoadGeneratorDied, with what it printed, if it failed.
@@ -78,9 +73,11 @@ class LoadGenerator:
 
     def _read(self) -> None:
         assert self._process.stdout is not None
-        while (message := worker.read_message(self._process.stdout)) is not None:
-            self._inbox.put(message)
-        self._inbox.put(None)
+        try:
+            while (message := messages.read(self._process.stdout)) is not None:
+                self._inbox.put(message)
+        finally:
+            self._inbox.put(None)
 
 
 def record(capture: Capture, request_id: int, start: int) -> Record:

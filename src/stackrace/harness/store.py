@@ -83,14 +83,18 @@ class RunWriter:
         """What `add` was given so far."""
         return self._rows
 
-    def end(self, status: str, **fields: object) -> None:
-        """Replace the journal by requests.parquet and say how the run ended; the folder is free again."""
+    def end(self, status: str, **fields: object) -> dict[str, Any]:
+        """Replace the journal by requests.parquet and say how the run ended; the folder is free again.
+
+        Returns run.json.
+        """
         try:
             partial = self.folder / "requests.parquet.partial"
             table.write(partial, self._rows)
             partial.replace(self.folder / "requests.parquet")
             self.update(status=status, **fields)
             (self.folder / "journal.jsonl").unlink()
+            return self._meta
         finally:
             self.release()
 

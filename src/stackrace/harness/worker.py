@@ -6,92 +6,25 @@ It sends, stamps and passes on; it parses nothing. When stdin closes, it gives u
 import asyncio
 import gc
 import os
-import pickle
 import resource
-import struct
 import sys
 from bisect import bisect_right
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import IO
 
 import numpy as np
 
-from stackrace.harness import host
+from stackrace.harness import host, messages
 from stackrace.harness.clock import SECOND, Alarms, now
 from stackrace.harness.connections import Connections
 from stackrace.harness.dialect import request_bytes
 from stackrace.harness.driver import Capture, Driver, Plan
+from stackrace.harness.messages import Health, Job, Message, Started, Tick, WarmedUp
 from stackrace.harness.schedule import Schedule
-from stackrace.harness.types import Endpoint
 
-_LENGTH = struct.Struct("<Q")
 _HEARTBEAT = SECOND // 100
 _TICK = SECOND // 4
 _HEAD_START = SECOND // 20
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """What one worker is to do; seconds."""
-
-    endpoint: Endpoint
-    schedule: Path
-    warmup: Schedule
-    warmup_concurrency: int
-    concurrency: int | None
-    seconds: float | None
-    drain: float
-    connect_timeout: float
-    request_timeout: float
-    stall_timeout: float
-    cores: tuple[int, ...]
-
-
-class WarmedUp(NamedTuple):
-    """The warm-up is over."""
-
-    seconds: float
-    failed: int
-    first_error: str | None
-
-
-class Started(NamedTuple):
-    """The race is on; `start` is the clock's zero of this run."""
-
-    start: int
-
-
-class Tick(NamedTuple):
-    """Where the race stands."""
-
-    sent: int
-    in_flight: int
-
-
-class Health(NamedTuple):
-    """How the worker itself fared while the clock ran; seconds."""
-
-    loop_lag_p50: float
-    loop_lag_p99: float
-    loop_lag_max: float
-    cpu_share: float
-    reads: int
-    seconds: float
-
-
-Message = WarmedUp | Started | Tick | Health | Capture
-
-
-def read_message(stream: BinaryIO) -> Message | None:
-    """The next message of a worker, None at the end of the stream."""
-    head = stream.read(_LENGTH.size)
-    if len(head) < _LENGTH.size:
-        return None
-    body = stream.read(_LENGTH.unpack(head)[0])
-    message: Message = pickle.loads(body)
-    return message
 
 
 class Heart:
@@ -230,8 +163,7 @@ class _Outbox:
         self._transport = transport
 
     def tell(self, message: Message) -> None:
-        body = pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
-        self._transport.write(_LENGTH.pack(len(body)) + body)
+        self._transport.write(messages.encode(message))
 
 
 class _Closing(asyncio.Protocol):
@@ -248,7 +180,7 @@ class _Closing(asyncio.Protocol):
             self._closed.set_result(None)
 
 
-async def _serve_parent(job: Job, out: BinaryIO) -> None:
+async def _serve_parent(job: Job, out: IO[bytes]) -> None:
     loop = asyncio.get_running_loop()
     stop, flushed = loop.create_future(), loop.create_future()
     await loop.connect_read_pipe(lambda: _Closing(stop), sys.stdin)
@@ -264,19 +196,11 @@ def main() -> None:
     host.raise_open_files()
     out = os.fdopen(os.dup(sys.stdout.fileno()), "wb", buffering=0)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # nothing else may write between the messages
-    head = sys.stdin.buffer.raw.read(_LENGTH.size)  # type: ignore[attr-defined]
-    job: Job = pickle.loads(_read_exactly(_LENGTH.unpack(head)[0]))
+    job: Job = messages.read(sys.stdin.buffer)  # nothing follows it, so nothing is lost in the buffer
     host.pin(job.cores)
     import uvloop
 
     uvloop.run(_serve_parent(job, out))
-
-
-def _read_exactly(length: int) -> bytes:
-    data = b""
-    while len(data) < length:
-        data += os.read(sys.stdin.fileno(), length - len(data))
-    return data
 
 
 if __name__ == "__main__":

@@ -1,0 +1,5 @@
+"""`python -m stackrace` is the command `stackrace`."""
+
+from stackrace.harness.cli import main
+
+main()

@@ -1,0 +1,111 @@
+"""What a stack is: a command line, an environment and a few paths."""
+
+import hashlib
+import json
+import socket
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from stackrace.backends.running import Engine, Placement
+from stackrace.harness.errors import UsageError, require
+from stackrace.harness.types import Endpoint
+
+
+_NO_IDENTITY = ("port", "checkpoint", "startup_timeout", "stop_grace")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backend(ABC):
+    """A stack. Subclasses say how it is started; starting, waiting, watching and stopping are the same for all."""
+
+    name: str
+    model: str  # the name that requests ask for
+    checkpoint: str | None  # folder with the weights, where it loads any
+    max_model_len: int | None  # prompt and output together, where it is limited
+    port: int  # 0: any free one
+    startup_timeout: float  # seconds
+    stop_grace: float  # seconds between SIGTERM and SIGKILL
+    env: Mapping[str, str]
+    extra_body: Mapping[str, Any]  # further fields of every request
+    omit: tuple[str, ...]  # fields that this stack refuses
+
+    @abstractmethod
+    def command(self, at: Placement) -> list[str]:
+        """The command line that starts it."""
+
+    @abstractmethod
+    def version(self) -> str:
+        """Version of the engine, for our own code with a hash of its sources: what makes an old result stale."""
+
+    def check(self) -> None:
+        """Raise a UsageError if it cannot be started on this machine; called before anything runs."""
+        require("backend.port", self.port, int, lambda v: 0 <= v < 65536, "a port, or 0 for any free one")
+        if self.port and not _is_free(self.port):
+            raise UsageError(f"backend.port={self.port} is in use: stop what listens there, or set backend.port=0")
+
+    def environment(self) -> dict[str, str]:
+        """Variables besides those of the harness; kept with the run."""
+        # safe path: `python -m` must not put a folder called kernels/ before Hugging Face's package
+        return {"PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1", **self.env}
+
+    def fingerprint(self) -> str:
+        """Hash of everything that makes it this engine: settings and version, but neither port nor paths (weights have an identity of their own)."""
+        settings = {k: v for k, v in asdict(self).items() if k not in _NO_IDENTITY}
+        text = json.dumps([self.version(), settings], sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def start(self, folder: Path, cores: tuple[int, ...]) -> Engine:
+        """Launch it and wait for a real token.
+
+        Raises EngineDied or EngineTimeout; then nothing is left running.
+        """
+        self.check()
+        at = Placement(folder=folder.resolve(), cores=cores, port=self.port or _free_port())
+        endpoint = Endpoint(f"http://127.0.0.1:{at.port}", self.model, {}, self.extra_body, self.omit)
+        engine = Engine(self.name, self.command(at), self.environment(), at, self.stop_grace, endpoint)
+        try:
+            engine.wait_for_token(self.startup_timeout)
+        except BaseException:
+            engine.stop()
+            raise
+        return engine
+
+
+def source_hash(*folders_and_files: Path) -> str:
+    """Hash of the Python sources given, so that a result is stale once the code that made it changed."""
+    digest = hashlib.sha256()
+    for root in folders_and_files:
+        for path in sorted(root.rglob("*.py")) if root.is_dir() else [root]:
+            digest.update(f"{path.relative_to(root.parent)}\0".encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def flags(options: Mapping[str, str | int | float | bool | None]) -> list[str]:
+    """`{max_num_seqs: 8, enforce_eager: true, x: null}` -> `--max-num-seqs 8 --enforce-eager`."""
+    words = []
+    for name, value in options.items():
+        if value is None or value is False:
+            continue
+        words.append("--" + name.replace("_", "-"))
+        if value is not True:
+            words.append(str(value))
+    return words
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as s:
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            s.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True

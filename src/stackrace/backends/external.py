@@ -1,0 +1,50 @@
+"""A server that somebody else runs: any URL that speaks OpenAI's completions."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from stackrace.backends.base import Backend
+from stackrace.backends.running import Attached, Engine, Placement
+from stackrace.harness.errors import UsageError
+from stackrace.harness.types import Endpoint
+
+
+@dataclass(frozen=True, kw_only=True)
+class External(Backend):
+    """Attached to, never launched nor stopped. Secrets are read from the environment and stay there."""
+
+    url: str
+    api_key_env: str | None  # variable that holds the key, sent as a bearer token
+    headers_env: Mapping[str, str]  # header -> variable that holds its value
+
+    def check(self) -> None:
+        """URL well formed and every variable set."""
+        parts = urlsplit(self.url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise UsageError(f"backend.url={self.url!r}: must be http://host:port or https://host")
+        for variable in filter(None, [self.api_key_env, *self.headers_env.values()]):
+            if not os.environ.get(variable):
+                raise UsageError(f"the environment variable {variable} is not set: export it, or change the backend")
+
+    def command(self, at: Placement) -> list[str]:
+        """None: it runs already."""
+        return []
+
+    def version(self) -> str:
+        """Unknown to us: the URL stands for it."""
+        return self.url
+
+    def start(self, folder: Path, cores: tuple[int, ...]) -> Engine:
+        """Attach once it gives a token."""
+        self.check()
+        return Attached(self.name, self.endpoint(), self.startup_timeout)
+
+    def endpoint(self) -> Endpoint:
+        """With the headers, secrets among them."""
+        headers = {name: os.environ[variable] for name, variable in self.headers_env.items()}
+        if self.api_key_env:
+            headers["Authorization"] = f"Bearer {os.environ[self.api_key_env]}"
+        return Endpoint(self.url, self.model, headers, self.extra_body, self.omit)

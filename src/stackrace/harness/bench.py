@@ -1,0 +1,61 @@
+"""`stackrace bench`: Hydra composes the points, a Sweep runs them."""
+
+import os
+import sys
+from typing import Any
+
+import hydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
+
+from stackrace.harness.errors import PointFailed, UsageError
+from stackrace.harness.progress import Progress
+from stackrace.harness.sweep import Sweep
+
+
+def bench(args: list[str]) -> int:
+    """Run what Hydra makes of `args`; returns the exit code: 0, 1 if a point failed, 130 if interrupted.
+
+    Raises UsageError for whatever could not run.
+    """
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here as exceptions, not as Hydra's printout
+    sys.argv = ["stackrace bench", *args]
+    notes = Console(stderr=True)
+    with Sweep(Progress(notes)) as sweep:
+        try:
+            _main()
+        except PointFailed:
+            pass  # the sweep went on, and knows which failed
+        except (HydraException, OmegaConfBaseException) as e:
+            if isinstance(e.__cause__, UsageError):
+                raise e.__cause__ from None
+            raise UsageError(" ".join(str(e).split())) from None
+        except KeyboardInterrupt:
+            notes.print("interrupted: what was finished is kept, the same command goes on from there")
+            return 130
+    return _close(sweep)
+
+
+@hydra.main(version_base="1.3", config_path="pkg://stackrace.conf", config_name="bench")
+def _main(cfg: DictConfig) -> dict[str, Any] | None:
+    assert Sweep.active is not None
+    return Sweep.active.run(cfg)
+
+
+def _close(sweep: Sweep) -> int:
+    """Print the closing table and where to look next."""
+    if not sweep.points:  # --cfg, --help and the like
+        return 0
+    from stackrace.harness.report.tables import text_table
+    from stackrace.harness.store import read_run
+
+    console = Console()
+    runs = [read_run(p.folder) for p in sweep.points if (p.folder / "run.json").exists()]
+    console.print(text_table(runs))
+    folder = sweep.points[0].sweep_folder
+    if sweep.failed:
+        console.print(f"{len(sweep.failed)} of {len(sweep.points)} points failed; each folder's run.json says why")
+    console.print(f"records: {folder}   dashboard: stackrace report {folder}", highlight=False)
+    return 1 if sweep.failed else 0

@@ -1,0 +1,81 @@
+"""`stackrace doctor`: what this machine can run, and what is missing for the rest, with the remedy."""
+
+import shutil
+import sys
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from typing import NamedTuple
+
+import psutil
+from rich.console import Console
+from rich.table import Table
+
+from stackrace.harness import host
+
+_GIB = 1 << 30
+
+
+class Finding(NamedTuple):
+    """One line of the doctor's report. `is_needed`: without it, not even the demo runs."""
+
+    what: str
+    is_fine: bool
+    found: str
+    remedy: str
+    is_needed: bool = False
+
+
+def examine() -> int:
+    """Print a table; returns 1 if something is missing that everything needs, else 0."""
+    findings = list(_findings())
+    table = Table("", "for", "found", "remedy", box=None)
+    for f in findings:
+        mark = "[green]ok[/green]" if f.is_fine else "[red]no[/red]" if f.is_needed else "[yellow]--[/yellow]"
+        table.add_row(mark, f.what, f.found, "" if f.is_fine else f.remedy)
+    Console().print(table, highlight=False)
+    return int(any(f.is_needed and not f.is_fine for f in findings))
+
+
+def _findings() -> Iterator[Finding]:
+    found = ".".join(map(str, sys.version_info[:3]))
+    yield Finding("Python 3.11 or newer", sys.version_info >= (3, 11), found, "install a newer Python", True)
+    yield _package("torch", "engine mla on a CPU", "make install", True)
+    yield _package("triton", "Triton kernels", "pip install triton, or run on a GPU machine where torch brings it")
+    yield _cores()
+    memory = psutil.virtual_memory().available
+    yield Finding("the demo's memory", memory > 2 * _GIB, f"{memory / _GIB:.1f} GiB free", "free 2 GiB", True)
+    yield Finding(
+        "timestamps and pinning", sys.platform == "linux", sys.platform, "use Linux: elsewhere times are coarser"
+    )
+    for name in ("vllm", "sglang"):
+        yield _engine(name)
+    yield _gpu()
+
+
+def _package(name: str, what: str, remedy: str, is_needed: bool = False) -> Finding:
+    try:
+        return Finding(what, True, f"{name} {version(name)}", remedy, is_needed)
+    except PackageNotFoundError:
+        return Finding(what, False, f"no {name}", remedy, is_needed)
+
+
+def _cores() -> Finding:
+    n = len(host.usable_cores())
+    return Finding(
+        "valid points", n > 1, f"{n} usable cores", "2 or more: the load generator needs one of its own, else suspect"
+    )
+
+
+def _engine(name: str) -> Finding:
+    path = shutil.which(name)
+    return Finding(
+        f"racing a {name} that is running elsewhere",
+        True,
+        f"command {name} at {path}" if path else "backend=external backend.url=http://host:port backend.model=NAME",
+        "",
+    )
+
+
+def _gpu() -> Finding:
+    path = shutil.which("nvidia-smi")
+    return Finding("GPU engines", path is not None, path or "no nvidia-smi", "run on a machine with an NVIDIA GPU")

@@ -1,0 +1,165 @@
+"""One point of a sweep, planned: everything checked and frozen before anything is launched."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+from stackrace.backends import checkpoint
+from stackrace.backends.base import Backend
+from stackrace.harness import host, schedule
+from stackrace.harness.errors import UsageError, require
+from stackrace.harness.schedule import Schedule
+from stackrace.harness.summary import parse_slo
+from stackrace.workloads.arrivals import Immediate
+
+_PATHS = ("models", "results", "sweep")
+_WARMUP_SEED = 1 << 32  # added to the seed: other prompts, as repeatable
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """What to run and where to keep it."""
+
+    config: dict[str, Any]  # resolved
+    backend: Backend
+    schedule: Schedule
+    warmup: Schedule
+    cores: host.Cores
+    weights: str | None  # identity of the checkpoint
+    key: str
+
+    @property
+    def sweep_folder(self) -> Path:
+        """results/<sweep>/."""
+        return Path(self.config["results"], self.config["sweep"])
+
+    @property
+    def folder(self) -> Path:
+        """results/<sweep>/<key>/."""
+        return self.sweep_folder / self.key
+
+    @property
+    def seconds(self) -> float:
+        """About how long the schedule asks; 0 for a closed loop, which nobody knows before."""
+        return self.config["stop"]["seconds"] or self.schedule.due[-1] / 1e9
+
+    def labels(self) -> dict[str, Any]:
+        """What tells it from the other points of a sweep."""
+        requests = self.schedule.requests
+        return {
+            "stack": self.backend.name,
+            "model": self.config["model"]["name"],
+            "workload": self.config["workload"]["name"],
+            "arrival": self.config["arrival"]["name"],
+            "rate": self.config["arrival"].get("rate"),
+            "concurrency": self.config["concurrency"],
+            "input_tokens": sum(len(r.prompt) for r in requests) / len(requests),
+            "output_tokens": sum(r.output_tokens for r in requests) / len(requests),
+            "repeat": self.config["repeat"],
+        }
+
+
+def plan(cfg: DictConfig) -> Point:
+    """Check and freeze a composed configuration. UsageError, one line, for whatever could not run."""
+    config = _resolve(cfg)
+    _check_numbers(config)
+    parse_slo(config["slo"])
+    backend: Backend = _build(config["backend"])
+    backend.check()
+    weights = _weights(backend, config["model"])
+    workload, arrival = _build(config["workload"], "name"), _build(config["arrival"], "name")
+    stop = config["stop"]
+    if stop["requests"] is None and (stop["seconds"] is None or isinstance(arrival, Immediate)):
+        raise UsageError("stop.requests=null: without it a closed loop, or a run without stop.seconds, has no end")
+    race = schedule.draw(workload, arrival, config["seed"], stop["requests"], stop["seconds"])
+    warmup = schedule.draw(workload, Immediate(), config["seed"] + _WARMUP_SEED, config["warmup"]["requests"], None)
+    _check_lengths(race, backend)
+    hardware = config["hardware"]
+    cores = host.split_cores(hardware["load_generator_cores"], hardware["engine_cores"])
+    key = _key(config, backend, weights, race)
+    return Point(config=config, backend=backend, schedule=race, warmup=warmup, cores=cores, weights=weights, key=key)
+
+
+def build_backend(cfg: DictConfig) -> tuple[Backend, host.Cores]:
+    """The backend of a composed configuration, checked, and the cores for it: what `stackrace serve` needs."""
+    config = _resolve(cfg)
+    backend: Backend = _build(config["backend"])
+    backend.check()
+    _weights(backend, config["model"])
+    hardware = config["hardware"]
+    return backend, host.split_cores(hardware["load_generator_cores"], hardware["engine_cores"])
+
+
+def _resolve(cfg: DictConfig) -> dict[str, Any]:
+    try:
+        config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    except MissingMandatoryValue as e:
+        raise UsageError(f"{e.full_key} is not set: give {e.full_key}=VALUE") from None
+    except OmegaConfBaseException as e:
+        raise UsageError(str(e).splitlines()[0]) from None
+    assert isinstance(config, dict)
+    return {str(k): v for k, v in config.items()}
+
+
+def _check_numbers(config: Mapping[str, Any]) -> None:
+    number = (int, float)
+    for name in ("requests", "seconds"):
+        if (value := config["stop"][name]) is not None:
+            kind = int if name == "requests" else number
+            require(f"stop.{name}", value, kind, lambda v: v > 0, "above 0, or null")
+    if config["concurrency"] is not None:
+        require("concurrency", config["concurrency"], int, lambda v: v > 0, "a whole number above 0, or null")
+    require("seed", config["seed"], int, lambda v: v >= 0, "a whole number, 0 or more")
+    require("stop.drain", config["stop"]["drain"], number, lambda v: v >= 0, "a number of seconds")
+    require("warmup.requests", config["warmup"]["requests"], int, lambda v: v > 0, "a whole number above 0")
+    require("warmup.concurrency", config["warmup"]["concurrency"], int, lambda v: v > 0, "a whole number above 0")
+    for name, value in config["timeouts"].items():
+        require(f"timeouts.{name}", value, number, lambda v: v > 0, "a number of seconds above 0")
+
+
+def _build(node: Mapping[str, Any], *without: str) -> Any:
+    """Instantiate a config node, leaving keys out that only name it."""
+    fields = {k: v for k, v in node.items() if k not in without}
+    try:
+        return instantiate(fields, _convert_="all")
+    except InstantiationException as e:
+        cause = e.__cause__
+        if isinstance(cause, UsageError):
+            raise cause from None
+        raise UsageError(" ".join(str(e).split())) from None
+
+
+def _weights(backend: Backend, model: Mapping[str, Any]) -> str | None:
+    """Identity of the checkpoint; a small one is made where it is missing."""
+    if backend.checkpoint is None:
+        return None
+    path = Path(backend.checkpoint)
+    if not path.exists() and model["auto_make"]:
+        checkpoint.make(model["config"], path, model["seed"], model["shard_bytes"], "cpu")
+    return checkpoint.check(path).identity
+
+
+def _check_lengths(race: Schedule, backend: Backend) -> None:
+    longest = max(race.requests, key=lambda r: len(r.prompt) + r.output_tokens)
+    limit = backend.max_model_len
+    if limit is not None and len(longest.prompt) + longest.output_tokens > limit:
+        raise UsageError(
+            f"lengths: {len(longest.prompt)} prompt + {longest.output_tokens} output tokens exceed "
+            f"model.max_model_len={limit}: shorten lengths or raise the limit"
+        )
+
+
+def _key(config: Mapping[str, Any], backend: Backend, weights: str | None, race: Schedule) -> str:
+    """12 hex digits that change whenever the result could."""
+    settings = {k: v for k, v in config.items() if k not in (*_PATHS, "backend")}
+    settings["model"] = {k: v for k, v in config["model"].items() if k != "checkpoint"}
+    identity = [settings, backend.fingerprint(), weights, race.hash]
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]

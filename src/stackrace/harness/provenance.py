@@ -1,0 +1,63 @@
+"""What was run on what: the part of run.json that lets somebody else repeat it."""
+
+import platform
+import shutil
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+import stackrace
+from stackrace.harness import host
+from stackrace.harness.point import Point
+
+_PACKAGES = ("aiohttp", "hydra-core", "numpy", "pandas", "safetensors", "tokenizers", "torch", "triton", "uvloop")
+
+
+def provenance(point: Point) -> dict[str, Any]:
+    """Code, packages, machine, placement and seeds of a point; nothing of it is secret."""
+    return {
+        "stackrace": stackrace.__version__,
+        "git": _git(Path(__file__).parent),
+        "python": platform.python_version(),
+        "packages": {name: v for name in _PACKAGES if (v := _version(name))},
+        "platform": platform.platform(),
+        "cpu": {"model": host.cpu_model(), "cores": psutil.cpu_count()},
+        "memory_bytes": psutil.virtual_memory().total,
+        "gpus": _gpus(),
+        "cores": point.cores._asdict(),
+        "seed": point.config["seed"],
+        "checkpoint": point.weights,
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _git(folder: Path) -> dict[str, Any] | None:
+    """Commit and whether anything differs from it; None outside a checkout."""
+    commit = _said("git", "-C", str(folder), "rev-parse", "HEAD")
+    if commit is None:
+        return None
+    return {"commit": commit, "dirty": bool(_said("git", "-C", str(folder), "status", "--porcelain"))}
+
+
+def _gpus() -> list[dict[str, str]]:
+    fields = ("name", "driver_version", "memory.total", "power.limit", "clocks.max.sm")
+    said = _said("nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader")
+    rows = said.splitlines() if said else []
+    return [dict(zip(fields, map(str.strip, row.split(",")), strict=False)) for row in rows]
+
+
+def _said(*command: str) -> str | None:
+    """What a command printed, None where it is missing or fails."""
+    if shutil.which(command[0]) is None:
+        return None
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip() if done.returncode == 0 else None

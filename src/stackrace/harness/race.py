@@ -1,0 +1,233 @@
+"""Runs one point: engine up, load on, captures parsed and kept as they come, verdict at the end."""
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from stackrace.backends.garage import Garage
+from stackrace.backends.running import Engine
+from stackrace.harness import records as table
+from stackrace.harness.clock import SECOND, now
+from stackrace.harness.driver import Capture
+from stackrace.harness.errors import EngineError, LoadGeneratorDied, PointFailed, StackraceError
+from stackrace.harness.generator import LoadGenerator, record
+from stackrace.harness.messages import Health, Job, Message, Started, Tick, WarmedUp
+from stackrace.harness.point import Point
+from stackrace.harness.provenance import provenance
+from stackrace.harness.store import RunWriter
+from stackrace.harness.summary import summarize
+from stackrace.harness.types import Record
+from stackrace.harness.validity import judge
+
+_REFRESH = 0.25
+_RECENT = 5 * SECOND
+_LAST_WORDS = 5 * SECOND
+
+
+@dataclass
+class Standing:
+    """Where a point stands, for whoever watches."""
+
+    phase: str = "starting engine"
+    total: int = 0
+    sent: int = 0
+    in_flight: int = 0
+    done: int = 0
+    failed: int = 0
+    start: int | None = None
+    ttft: list[float] = field(default_factory=list)  # seconds
+    _tokens: list[tuple[int, int]] = field(default_factory=list)  # (time after start, tokens) of each chunk
+
+    def add(self, finished: Record) -> None:
+        """Count a finished request."""
+        self.done += 1
+        self.failed += finished.error is not None
+        if finished.chunk_times:
+            self.ttft.append((finished.chunk_times[0] - finished.due) / SECOND)
+            self._tokens += zip(finished.chunk_times, finished.chunk_tokens, strict=True)
+
+    def tokens_per_second(self) -> float:
+        """Output tokens of finished requests over the last seconds."""
+        if self.start is None:
+            return 0.0
+        time = now() - self.start
+        self._tokens = [t for t in self._tokens if t[0] > time - _RECENT]
+        return sum(n for _, n in self._tokens) / max(min(time, _RECENT) / SECOND, 1e-9)
+
+    def median_ttft(self) -> float | None:
+        """Seconds."""
+        return float(np.median(self.ttft)) if self.ttft else None
+
+
+Watch = Callable[[Standing], None]
+
+
+def race(point: Point, garage: Garage, watch: Watch) -> dict[str, Any]:
+    """Run a point and return its run.json.
+
+    Raises PointFailed, after the folder says why, if it ended without a result; KeyboardInterrupt likewise.
+    """
+    writer = RunWriter(point.folder)
+    writer.begin(point.config, _meta(point))
+    began = now()
+    run = _Run(point, writer, watch)
+    try:
+        point.schedule.save(point.folder / "schedule.parquet")
+        run.go(garage)
+    except KeyboardInterrupt:
+        run.end("interrupted", began, error="interrupted: the same command runs this point again")
+        raise
+    except (StackraceError, OSError) as e:
+        message = str(e) if isinstance(e, StackraceError) else f"{type(e).__name__}: {e}"
+        run.end_somehow("failed", began, message)
+        raise PointFailed(f"{point.folder.name} ({point.backend.name}): {message}") from e
+    return run.end("ok", began)
+
+
+class _Run:
+    def __init__(self, point: Point, writer: RunWriter, watch: Watch) -> None:
+        self._point = point
+        self._writer = writer
+        self._watch = watch
+        self._standing = Standing(total=len(point.schedule.requests))
+        self._health: Health | None = None
+        self._log: Path | None = None
+        self._log_from = 0
+
+    def go(self, garage: Garage) -> None:
+        self._watch(self._standing)
+        engine = self._launch(garage)
+        self._standing.phase = "warming up"
+        with LoadGenerator(self._job(engine)) as generator:
+            try:
+                self._listen(generator, engine)
+            except BaseException:
+                self._take_the_rest(generator)
+                raise
+        engine.check_alive()
+
+    def end(self, status: str, began: int, error: str | None = None) -> dict[str, Any]:
+        """Write verdict and summary; returns run.json."""
+        self._keep_log()
+        point, config = self._point, self._point.config
+        frame = table.frame(self._writer.rows)
+        fields: dict[str, Any] = {"seconds": (now() - began) / SECOND}
+        if error is not None:
+            fields["error"] = error
+        if len(frame):
+            summary = summarize(frame, config["slo"])
+            fields["summary"] = summary
+            fields["validity"] = judge(
+                frame,
+                summary,
+                self._health,
+                config["workload"]["shared_prefix"],
+                is_open=not point.schedule.is_immediate,
+                has_own_core=point.cores.are_apart,
+                thresholds=config["validity"],
+            ).as_dict()
+        return self._writer.end(status, **fields)
+
+    def end_somehow(self, status: str, began: int, error: str) -> None:
+        """Like `end`; if even that cannot be written (a full disk), the journal stays and the folder is freed."""
+        try:
+            self.end(status, began, error)
+        except OSError:
+            self._writer.release()
+
+    def _launch(self, garage: Garage) -> Engine:
+        point = self._point
+        folder = point.sweep_folder / "engines" / f"{point.backend.name}-{point.backend.fingerprint()}"
+        self._log = folder / "server.log"
+        self._log_from = self._log.stat().st_size if self._log.exists() else 0
+        engine = garage.engine(point.backend, folder, point.cores.engine)
+        self._writer.update(
+            backend={
+                "command": engine.command,
+                "environment": point.backend.environment(),
+                "version": point.backend.version(),
+                "fingerprint": point.backend.fingerprint(),
+            }
+        )
+        return engine
+
+    def _job(self, engine: Engine) -> Job:
+        point, config = self._point, self._point.config
+        return Job(
+            endpoint=engine.endpoint,
+            schedule=point.folder / "schedule.parquet",
+            warmup=point.warmup,
+            warmup_concurrency=config["warmup"]["concurrency"],
+            concurrency=config["concurrency"],
+            seconds=config["stop"]["seconds"],
+            drain=config["stop"]["drain"],
+            connect_timeout=config["timeouts"]["connect"],
+            request_timeout=config["timeouts"]["request"],
+            stall_timeout=config["timeouts"]["stall"],
+            cores=point.cores.load_generator,
+        )
+
+    def _listen(self, generator: LoadGenerator, engine: Engine) -> None:
+        for message in generator.messages(_REFRESH):
+            self._hear(message)
+            if message is None or isinstance(message, Tick):
+                engine.check_alive()
+            self._watch(self._standing)
+        if self._health is None:
+            raise LoadGeneratorDied("the load generator ended before the race was over")
+
+    def _hear(self, message: Message | None) -> None:
+        standing = self._standing
+        if isinstance(message, Capture):
+            self._keep(message)
+        elif isinstance(message, Tick):
+            standing.sent, standing.in_flight = message
+        elif isinstance(message, Started):
+            standing.phase, standing.start = "racing", message.start
+            self._writer.update(started_at=datetime.now(UTC).isoformat(), start_ns=message.start)
+        elif isinstance(message, WarmedUp):
+            if message.failed == len(self._point.warmup.requests):
+                raise EngineError(f"every request of the warm-up failed, the first with: {message.first_error}")
+            self._writer.update(warmup=message._asdict())
+        elif isinstance(message, Health):
+            self._health = message
+            self._writer.update(load_generator=message._asdict())
+
+    def _keep(self, capture: Capture) -> None:
+        assert self._standing.start is not None
+        request = self._point.schedule.requests[capture.position]
+        finished = record(capture, request.id, self._standing.start)
+        self._writer.add(table.row(finished, request))
+        self._standing.add(finished)
+
+    def _take_the_rest(self, generator: LoadGenerator) -> None:
+        """After trouble: let the load generator give up and keep what it still has, for as long as that works."""
+        generator.stop()
+        deadline = now() + _LAST_WORDS
+        with contextlib.suppress(OSError, StackraceError):
+            for message in generator.messages(_REFRESH):
+                if isinstance(message, Capture | Health):
+                    self._hear(message)
+                if now() > deadline:
+                    break
+
+    def _keep_log(self) -> None:
+        """What the engine printed during this point."""
+        if self._log is not None and self._log.exists():
+            with self._log.open("rb") as log:
+                log.seek(self._log_from)
+                (self._point.folder / "server.log").write_bytes(log.read())
+
+
+def _meta(point: Point) -> dict[str, Any]:
+    return {
+        "key": point.key,
+        "point": point.labels(),
+        "schedule": {"hash": point.schedule.hash, "requests": len(point.schedule.requests)},
+        "provenance": provenance(point),
+    }

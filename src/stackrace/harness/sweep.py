@@ -1,0 +1,76 @@
+"""A sweep: every point planned before the first is launched, finished ones skipped, failed ones survived."""
+
+import signal
+from collections.abc import Iterable
+from types import FrameType, TracebackType
+from typing import Any, ClassVar
+
+from omegaconf import DictConfig, OmegaConf
+
+from stackrace.backends.garage import Garage
+from stackrace.harness import store
+from stackrace.harness.errors import PointFailed
+from stackrace.harness.point import Point, plan
+from stackrace.harness.progress import Progress
+from stackrace.harness.race import race
+
+
+class Sweep:
+    """What one `stackrace bench` does; Hydra calls `run` once a point, with `expect` before where it knows them all."""
+
+    active: ClassVar["Sweep | None"] = None  # the one that Hydra's jobs of this process belong to
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._garage = Garage()
+        self._planned: dict[str, Point] = {}
+        self.points: list[Point] = []
+        self.failed: list[str] = []
+
+    def __enter__(self) -> "Sweep":
+        Sweep.active = self
+        signal.signal(signal.SIGTERM, _interrupt)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        Sweep.active = None
+        self._progress.close()
+        self._garage.close()
+
+    def expect(self, configs: Iterable[DictConfig]) -> None:
+        """Plan all points; raises UsageError for the first that could not run, with nothing launched or written."""
+        self._planned = {_identity(cfg): plan(cfg) for cfg in configs}
+        to_run = [p for p in self._planned.values() if not is_finished(p)]
+        self._progress.expect(to_run, len(self._planned) - len(to_run))
+
+    def run(self, cfg: DictConfig) -> dict[str, Any] | None:
+        """Run one point unless it is finished; returns its run.json. Raises PointFailed."""
+        if _identity(cfg) not in self._planned:
+            self.expect([cfg])
+        point = self._planned[_identity(cfg)]
+        self.points.append(point)
+        if is_finished(point):
+            return store.read_meta(point.folder)
+        self._progress.begin(point)
+        try:
+            meta = race(point, self._garage, self._progress.watch)
+        except PointFailed as e:
+            self.failed.append(str(e))
+            self._progress.failed(str(e))
+            raise
+        self._progress.end(meta)
+        return meta
+
+
+def is_finished(point: Point) -> bool:
+    """Its folder holds a result. UsageError if a newer stackrace wrote it."""
+    meta = store.read_meta(point.folder)
+    return meta is not None and meta["status"] == "ok"
+
+
+def _identity(cfg: DictConfig) -> str:
+    return OmegaConf.to_yaml(cfg, sort_keys=True)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
