@@ -1,7 +1,9 @@
 """The engine's numbers: against transformers, and against itself whatever the batch, the chunks or the cache."""
 
+import math
 import random
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from transformers import DeepseekV2ForCausalLM
 
 from stackrace.backends import checkpoint
 from stackrace.backends.mla import engine as engines
+from stackrace.backends.mla.sampler import sample
 from stackrace.backends.mla.scheduler import Sequence, Work
 from stackrace.harness.types import Sampling
 
@@ -167,3 +170,34 @@ def test_abort_frees_pages_mid_flight(lite: Path) -> None:
     assert engine.idle
     assert pool.num_free == pool.num_pages
     assert engine.step() == []
+
+
+def frequencies(settings: Sampling, logits: list[float]) -> list[float]:
+    """How often each token is drawn by 10,000 evenly spread draws."""
+    count = 10_000
+    row = torch.tensor([logits]).expand(count, -1)
+    tokens = sample(row, [settings] * count, [(index + 0.5) / count for index in range(count)])
+    return [tokens.count(token) / count for token in range(len(logits))]
+
+
+def test_sampling_draws_from_the_distribution() -> None:
+    chances = [0.1, 0.4, 0.05, 0.25, 0.2]
+    logits = [math.log(chance) + 3 for chance in chances]
+    plain = Sampling(temperature=1.0, top_p=1.0, top_k=0, seed=0)
+    cases = {
+        plain: chances,
+        replace(plain, temperature=0.5): [chance**2 / sum(c**2 for c in chances) for chance in chances],
+        replace(plain, top_k=2): [0, 0.4 / 0.65, 0, 0.25 / 0.65, 0],
+        replace(plain, top_p=0.6): [0, 0.4 / 0.65, 0, 0.25 / 0.65, 0],  # the token that reaches 0.6 is kept
+        replace(plain, top_p=0.01): [0, 1, 0, 0, 0],
+        replace(plain, top_k=3, top_p=0.5): [0, 0.4 / 0.65, 0, 0.25 / 0.65, 0],
+        replace(plain, temperature=0): [0, 1, 0, 0, 0],
+    }
+    for settings, expected in cases.items():
+        assert frequencies(settings, logits) == pytest.approx(expected, abs=2e-4)
+
+
+def test_each_row_is_sampled_by_its_own_settings() -> None:
+    greedy, hot = GREEDY, Sampling(temperature=1.0, top_p=1.0, top_k=0, seed=0)
+    logits = torch.tensor([[0.0, 1.0, 0.0]]).expand(3, -1)
+    assert sample(logits, [hot, greedy, hot], [0.999999, 0.0, 0.0]) == [2, 1, 1]

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -79,13 +79,11 @@ def port(path: Path) -> Iterator[int]:
 
 
 def call(port: int, method: str, target: str, body: object = None) -> tuple[int, bytes]:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
     data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
-    connection.request(method, target, data)
-    response = connection.getresponse()
-    content = response.read()
-    connection.close()
-    return response.status, content
+    with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=30)) as connection:
+        connection.request(method, target, data)
+        with connection.getresponse() as response:
+            return response.status, response.read()
 
 
 def ask(prompt: object, **fields: object) -> Json:
@@ -290,17 +288,17 @@ def test_many_at_once_share_steps(path: Path, port: int) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signals_stop_it_cleanly_amid_a_stream(path: Path, number: int) -> None:
-    with running(path, attention="mha", kv_cache_memory_bytes=1 << 24) as (process, port):
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    with (
+        running(path, attention="mha", kv_cache_memory_bytes=1 << 24) as (process, port),
+        closing(http.client.HTTPConnection("127.0.0.1", port, timeout=30)) as connection,
+    ):
         connection.request("POST", "/v1/completions", json.dumps(ask([5], max_tokens=600, stream=True)))
-        response = connection.getresponse()
-        assert response.readline().startswith(b"data: ")
-        started = time.monotonic()
-        process.send_signal(number)
-        assert process.wait(10) == 0
-        assert time.monotonic() - started < 2
-        response.close()
-        connection.close()
+        with connection.getresponse() as response:
+            assert response.readline().startswith(b"data: ")
+            started = time.monotonic()
+            process.send_signal(number)
+            assert process.wait(10) == 0
+            assert time.monotonic() - started < 2
 
 
 def refused(path: Path, **changes: str | int) -> str:

@@ -50,9 +50,7 @@ EVENTS = st.lists(
 
 
 @settings(max_examples=150, deadline=None)
-@given(
-    events=EVENTS, max_sequences=st.integers(1, 6), extra=st.integers(0, 80), num_pages=st.integers(4, 12)
-)
+@given(events=EVENTS, max_sequences=st.integers(1, 6), extra=st.integers(0, 80), num_pages=st.integers(4, 12))
 def test_invariants(events: list[Event], max_sequences: int, extra: int, num_pages: int) -> None:
     budget = max_sequences + extra
     pool = PagePool(num_pages)

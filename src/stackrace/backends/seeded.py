@@ -20,9 +20,7 @@ CHUNK_DEVICE = 1 << 26  # the same on an accelerator, where launches cost more t
 Shape = tuple[int, ...]
 
 
-def write(
-    folder: Path, shapes: Mapping[str, Shape], std: float, seed: int, shard_bytes: int, device: str
-) -> None:
+def write(folder: Path, shapes: Mapping[str, Shape], std: float, seed: int, shard_bytes: int, device: str) -> None:
     """Safetensors shards in bf16 and their index: matrices N(0, std), vectors (norms) 1.
 
     A shard exceeds `shard_bytes` only if one tensor does. At most one chunk is in memory at a time.

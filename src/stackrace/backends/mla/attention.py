@@ -126,14 +126,17 @@ class LatentAttention(Attention):
     """Caches latents; decodes in their space, with the up-projections absorbed into query and output."""
 
     def store(self, cache: LayerCache, slot_T: Tensor, latent_TL: Tensor, rotated_TR: Tensor) -> None:
+        """Latent and rotated key, side by side."""
         cache[0].flatten(0, 1).index_copy_(0, slot_T, torch.cat([latent_TL, rotated_TR], dim=-1))
 
     def context(self, cache: LayerCache, slot_S: Tensor) -> tuple[Tensor, Tensor]:
+        """Expanded from the latents, once for each chunk of a prompt."""
         latent_SC = cache[0].flatten(0, 1).index_select(0, slot_S)
         latent_SL, rotated_SR = torch.split(latent_SC, self.in_rows[1:], dim=-1)
         return self.expand(latent_SL, rotated_SR)
 
     def decode(self, q_BHK: Tensor, cache: LayerCache, batch: Batch) -> Tensor:
+        """512-wide attention that all heads share, then out of the latent space."""
         config = self.config
         up_HXL = torch.unflatten(self.kv_b_proj, 0, (config.num_heads, -1))  # X: N, then V rows
         up_HNL, up_HVL = torch.split(up_HXL, [config.qk_nope_width, config.v_width], dim=1)
@@ -148,14 +151,17 @@ class ExpandedAttention(Attention):
     """Caches every head's key and value, as multi-head attention does, and decodes over those."""
 
     def store(self, cache: LayerCache, slot_T: Tensor, latent_TL: Tensor, rotated_TR: Tensor) -> None:
+        """Every head's key and value."""
         for rows, new in zip(cache, self.expand(latent_TL, rotated_TR), strict=True):
             rows.flatten(0, 1).index_copy_(0, slot_T, new)
 
     def context(self, cache: LayerCache, slot_S: Tensor) -> tuple[Tensor, Tensor]:
+        """As they were stored."""
         key, value = (rows.flatten(0, 1).index_select(0, slot_S) for rows in cache)
         return key, value
 
     def decode(self, q_BHK: Tensor, cache: LayerCache, batch: Batch) -> Tensor:
+        """Attention over as many keys as there are heads."""
         return gqa_decode(q_BHK, cache[0], cache[1], batch.table_BM, batch.length_B, self.scale)
 
 

@@ -149,9 +149,7 @@ def _typed(fields: Json, name: str, kind: type[T], default: T) -> T:
     return value
 
 
-def _number(
-    fields: Json, name: str, kind: type[N], default: N, least: N | None, most: N | None
-) -> N:
+def _number(fields: Json, name: str, kind: type[N], default: N, least: N | None, most: N | None) -> N:
     value = fields.get(name, default)
     if kind is float and type(value) is int:
         value = float(value)
@@ -177,9 +175,7 @@ def usage(prompt_tokens: int, completion_tokens: int) -> Json:
     }
 
 
-def choice(
-    text: str, finish_reason: str | None, token_ids: Sequence[int] | None, prompt: Sequence[int] | None
-) -> Json:
+def choice(text: str, finish_reason: str | None, token_ids: Sequence[int] | None, prompt: Sequence[int] | None) -> Json:
     """A choice of a whole or streamed answer; ids where given, in vLLM's fields."""
     fields: Json = {"index": 0, "text": text, "logprobs": None, "finish_reason": finish_reason}
     if prompt is not None:

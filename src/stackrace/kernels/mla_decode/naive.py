@@ -8,9 +8,7 @@ import torch
 from torch import Tensor
 
 
-def mla_decode(
-    q_BHC: Tensor, cache_GPC: Tensor, table_BM: Tensor, length_B: Tensor, scale: float, rank: int
-) -> Tensor:
+def mla_decode(q_BHC: Tensor, cache_GPC: Tensor, table_BM: Tensor, length_B: Tensor, scale: float, rank: int) -> Tensor:
     """softmax(scale q kT) v for one query token a sequence, in the latent space: [B, H, R], typed as `q_BHC`.
 
     `table_BM` holds page numbers; entries past a sequence's last page are not read, and neither are rows past
