@@ -14,6 +14,8 @@ from stackrace.harness.errors import PointFailed, UsageError
 from stackrace.harness.progress import Progress
 from stackrace.harness.sweep import Sweep
 
+_PLAIN_WIDTH = 160  # columns of the closing table where there is no terminal
+
 
 def bench(args: list[str]) -> int:
     """Run what Hydra makes of `args`; returns the exit code: 0, 1 if a point failed, 130 if interrupted.
@@ -51,7 +53,7 @@ def _close(sweep: Sweep) -> int:
     from stackrace.harness.report.tables import text_table
     from stackrace.harness.store import read_run
 
-    console = Console()
+    console = Console() if sys.stdout.isatty() else Console(width=_PLAIN_WIDTH)
     runs = [read_run(p.folder) for p in sweep.points if (p.folder / "run.json").exists()]
     console.print(text_table(runs))
     folder = sweep.points[0].sweep_folder

@@ -106,12 +106,7 @@ def achieved_rate(run: Observed) -> float | None:
 
 def batch(run: Observed) -> float | None:
     """Requests in flight, averaged over time from first due to last token."""
-    window = run.whole
-    if window is None:
-        return None
-    times, number = run.in_flight()
-    inside = np.clip(np.append(times, max(window.end, times[-1])), window.begin, window.end)
-    return float((np.diff(inside) * number).sum() / window.seconds)
+    return None if run.whole is None else run.mean_in_flight(run.whole)
 
 
 def failed(run: Observed) -> float:
@@ -135,14 +130,20 @@ def _verdicts(run: Observed, window: Window) -> tuple[Mask, Mask]:
     a request is not judged.
     """
     due = run.column("due")
-    missed, so_far = run.failed.copy(), run.column("end") - due
+    missed = run.failed.copy()
     for name, limit in _limits(run).items():
-        value = JUDGED[name](run)
-        if name in WAITS:  # not there yet: it is at least as long as the wait so far
-            value = np.where(run.censored & np.isnan(value), so_far, value)
-        missed |= value > limit
+        missed |= np.where(run.censored, _so_far(run, name), JUDGED[name](run)) > limit
     here = window.holds(due)
     return here & run.ok & ~missed, here & (~run.censored | missed)
+
+
+def _so_far(run: Observed, name: str) -> Floats:
+    """The least that a metric of a request in flight can still become; NaN where it may yet shrink."""
+    if name == "tpot":
+        return np.full(len(run.records), np.nan)
+    value, waited = JUDGED[name](run), run.column("end") - run.column("due")
+    is_open = np.isnan(value) if name == "ttft" else np.full_like(value, name == "e2e", dtype=np.bool_)
+    return np.where(is_open, waited, value)
 
 
 def _spacing_rate(times: Floats) -> float | None:
@@ -157,5 +158,3 @@ def _pool(parts: list[Floats]) -> Floats:
 
 JUDGED = {"ttft": ttft, "ttft_service": ttft_service, "tpot": tpot, "stall": stall, "e2e": e2e}
 """What an SLO can limit: one value a request. On ITL, limit a request's longest gap (`stall`)."""
-
-WAITS = ("ttft", "e2e")

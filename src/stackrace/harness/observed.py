@@ -113,6 +113,7 @@ class Observed:
         times, counts = np.concatenate(self.times), np.concatenate(self.counts)
         return float(counts[window.holds(times)].sum())
 
+    @cached_property
     def in_flight(self) -> tuple[Floats, Floats]:
         """Requests in flight as a step function: times (s), and the number from each on."""
         sent, end = self.column("sent"), self.column("end")
@@ -121,6 +122,14 @@ class Observed:
         steps = np.concatenate([np.ones(there.sum()), -np.ones(there.sum())])
         order = np.argsort(times, kind="stable")
         return times[order], np.cumsum(steps[order])
+
+    def mean_in_flight(self, window: Window) -> float:
+        """Requests in flight, averaged over the time of the window."""
+        times, number = self.in_flight
+        if not len(times):
+            return 0.0
+        edges = np.clip(np.append(times, max(window.end, times[-1])), window.begin, window.end)
+        return float((np.diff(edges) * number).sum() / window.seconds)
 
 
 def _window(begin: float, end: float) -> Window | None:

@@ -56,7 +56,9 @@ class Progress:
     def end(self, meta: dict[str, Any]) -> None:
         """A point ended with this run.json."""
         self._overhead.append(time.monotonic() - self._began - self._point.seconds)
-        self.console.print(f"[{self._number}/{self._total}] {title(self._point)}: {outcome(meta)}", highlight=False, soft_wrap=True)
+        self.console.print(
+            f"[{self._number}/{self._total}] {title(self._point)}: {outcome(meta)}", highlight=False, soft_wrap=True
+        )
 
     def failed(self, error: str) -> None:
         """A point failed."""
