@@ -139,7 +139,19 @@ def test_the_tables_hold_the_same_numbers(write, page, tmp_path):
     assert "mla valid 10 128 / 10 0 20.0 20.0 4.00 4.00" in shown
     console = Console(width=200, record=True, file=io.StringIO())
     console.print(text_table([read_run(folder)]))
-    assert re.search(r"mla +10 req/s +128 / 10 +0 +20\.0 +20\.0 +4\.00 +102 +0 +valid", console.export_text())
+    assert re.search(r"mla +10 +128/10 +20\.0 +20\.0 +4\.00 +102 +0 +valid", console.export_text())
+
+
+def test_the_closing_table_fits_80_columns_whatever_went_wrong(write, tmp_path):
+    write("mla_mha", rate=100.0, context=16384, requests=2, repeat=1)
+    write("mla", rate=100.0, error=EVIL * 5)
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(text_table(read_run(f) for f in find_runs(tmp_path / "results")))
+    told = console.export_text()
+    assert re.search(r"mla_mha +100 +16,384/10 +1 +20\.0 +- +4\.00 +[\d.]+ +0 +valid", told)
+    assert "…" not in told
+    assert "failed mla at 100 req/s:" in told
+    assert EVIL * 5 in re.sub(r"\s", "", told)
 
 
 def test_percentiles_that_too_few_requests_carry_are_left_out_and_said_so(write, points):
@@ -228,12 +240,12 @@ def test_a_closed_loop_is_drawn_against_concurrency_without_an_offered_line(writ
     assert all(t["meta"]["variant"] for t in figure["data"])
 
 
-def test_the_offered_line_is_rate_times_output_tokens(write, points):
+def test_the_offered_line_is_what_the_schedule_drew_times_output_tokens(write, points):
     write(rate=2.0)
     write(rate=8.0)
     figure = charts(points(), looks(["a"]))[2].views[0].panels[0].figure
     offered = next(t for t in figure["data"] if t["meta"]["variant"] is None)
-    assert (offered["x"], offered["y"]) == ([2.0, 8.0], [20.0, 80.0])
+    assert (offered["x"], offered["y"]) == ([2.0, 8.0], pytest.approx([100, 100]))  # every 100 ms
 
 
 def test_the_slo_is_a_line_that_does_not_squash_the_rest(write, points):

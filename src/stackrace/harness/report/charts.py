@@ -1,10 +1,12 @@
 """The four charts of a setting, as small multiples with shared axes, and what is written around them."""
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import Any, NamedTuple
 
-from stackrace.harness.report.axes import Cut, Reading, cuts, facets, first_scale, load, swept, upright
+from stackrace.harness.report.axes import Cut, Reading, cuts, facets, first_scale, swept, upright
 from stackrace.harness.report.numbers import exact
 from stackrace.harness.report.points import Point
 from stackrace.harness.report.statements import frontier_sentence, sentence
@@ -86,7 +88,7 @@ def _throughput(points: Sequence[Point], looks: Looks) -> Chart:
     variants = [Variant(n, _reading(m, n)) for n in shown]
     notes = [f"{m.label.capitalize()}: {m.help}. Prompt tokens are not in it."]
     if not points[0].setting.closed and points[0].setting.output_tokens:
-        notes.append("Dotted: what was offered, request rate times output tokens asked.")
+        notes.append("Dotted: what the schedules offered, their requests per second times the output tokens asked.")
     return Chart(
         name=m.name,
         title=f"{m.label.capitalize()}, {m.unit}",
@@ -124,6 +126,8 @@ def _view(
     limits: Sequence[float],
 ) -> View:
     values = _values(points, variants)
+    if metric.name == "output_throughput":
+        values += [offered for p in points if (offered := offered_tokens(p)) is not None]
     high = max(values, default=0.0)
     span = [*values, *(limit for limit in limits if limit <= FAR * high)]
     panels = []
@@ -159,12 +163,21 @@ def _traces(points: Sequence[Point], looks: Looks, variants: Sequence[Variant], 
 
 
 def _offered(points: Sequence[Point], cut: Cut, metric: Metric) -> list[Trace]:
-    """The offered output tokens per second, where throughput is drawn against the rate of an open loop."""
-    setting = points[0].setting
-    if metric.name != "output_throughput" or setting.closed or not setting.output_tokens:
+    """What open-loop schedules offered at each x, in output tokens per second: the draw, not the rate asked for."""
+    if metric.name != "output_throughput":
         return []
-    at = {x: rate for p in points if (x := cut.x(p)) is not None and (rate := load(p)) is not None}
-    return [reference(sorted(at), [at[x] * setting.output_tokens for x in sorted(at)])]
+    at: dict[float, list[float]] = defaultdict(list)
+    for point in points:
+        place, offered = cut.x(point), offered_tokens(point)
+        if place is not None and offered is not None:
+            at[place].append(offered)
+    return [reference(sorted(at), [median(at[x]) for x in sorted(at)])] if at else []
+
+
+def offered_tokens(point: Point) -> float | None:
+    """Output tokens per second that an open loop asked for, None for a closed one."""
+    rate, tokens = point.value("offered_rate", "run"), point.setting.output_tokens
+    return rate * tokens if point.plotted and not point.setting.closed and rate and tokens else None
 
 
 def _panel(title: str, what: str, traces: list[Trace], x: dict[str, Any], y: dict[str, Any]) -> Panel:

@@ -134,7 +134,8 @@ def headline(points: Sequence[Point]) -> str:
             standings[ahead, _share(ahead, fought)].append(most)
     if not standings:
         return NO_COMPARISON
-    told = ". ".join(_standing(*key, titles) for key, titles in standings.items()) + "."
+    claims = sorted(standings.items(), key=lambda item: item[0][0] is None)  # who leads comes first
+    told = ". ".join(_standing(*key, titles) for key, titles in claims) + "."
     single = max(Counter((p.stack, p.condition) for p in points).values()) == 1
     return f"In this run {told[0].lower() if told.startswith('No ') else told[0]}{told[1:]}" if single else told
 

@@ -1,5 +1,6 @@
 """Tables of points: the columns of the page, and the text that the command line prints after a sweep."""
 
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -23,7 +24,14 @@ STATISTICS = {
     "failed": ("run",),
     "lag": ("p99",),
 }
-PRINTED = (("ttft", "p50"), ("ttft", "p90"), ("tpot", "p50"), ("output_throughput", "whole"), ("failed", "run"))
+PRINTED = {
+    ("ttft", "p50"): "TTFT ms\np50",
+    ("ttft", "p90"): "\np90",
+    ("tpot", "p50"): "TPOT ms\np50",
+    ("output_throughput", "whole"): "output\ntok/s",
+    ("failed", "run"): "failed",
+}
+WIDE = 16  # columns for the name of a stack, beyond which it is folded
 
 
 class Column(NamedTuple):
@@ -55,31 +63,51 @@ def outcome(point: Point) -> str:
 
 
 def text_table(runs: Iterable[StoredRun]) -> Table:
-    """The closing table of a sweep: stacks beside each other at each point."""
+    """The closing table of a sweep, for 80 columns: stacks beside each other at each point, reasons below."""
     points = from_runs(runs)
-    table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False)
-    for header in ("stack", "load", "tokens in/out", "repeat"):
-        table.add_column(header, no_wrap=header != "stack", justify="left" if header == "stack" else "right")
-    for header in ("TTFT p50", "p90 ms", "TPOT p50 ms", "output tok/s", "failed"):
+    repeated = len({p.repeat for p in points}) > 1
+    table = Table(box=box.SIMPLE_HEAD, header_style="bold", padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    table.caption_justify = "left"
+    widest = max((len(p.stack) for p in points), default=0)
+    table.add_column("stack", overflow="fold", min_width=min(widest, WIDE))
+    for header in [_load_unit(points), "in/out\ntokens", *(["re-\npeat"] if repeated else []), *PRINTED.values()]:
         table.add_column(header, justify="right", no_wrap=True)
-    table.add_column("validity", overflow="fold", ratio=1)
-    for setting, held in by_setting(points).items():
-        if len({p.setting for p in points}) > 1:
+    table.add_column("validity", no_wrap=True)
+    settings = by_setting(points)
+    for setting, held in settings.items():
+        if len(settings) > 1:
             table.add_row(Text(f"{setting.model}, {setting.workload}, {setting.arrival}", style="bold"))
-        _add_rows(table, held)
+        for point, following in zip(held, [*held[1:], None], strict=True):
+            last = following is None or following.condition != point.condition
+            table.add_row(*_cells(point, repeated), end_section=last)
+    table.caption = _reasons(points)
     return table
 
 
-def _add_rows(table: Table, points: Sequence[Point]) -> None:
-    for point, following in zip(points, [*points[1:], None], strict=True):
-        table.add_row(*_cells(point), end_section=following is None or following.condition != point.condition)
+def _load_unit(points: Sequence[Point]) -> str:
+    kinds = {p.condition.load.closed for p in points}
+    return "in\nflight" if kinds == {True} else "req/s" if kinds == {False} else "req/s or\nin flight"
 
 
-def _cells(point: Point) -> list[Text]:
+def _cells(point: Point, repeated: bool) -> list[Text]:
     context, load = point.condition
-    asked = f"{exact(context)} / {exact(point.setting.output_tokens)}"
-    plain = [point.stack, load.label, asked, str(point.repeat), *(cell(point, m, s) for m, s in PRINTED)]
-    style = {"valid": "green", "suspect": "yellow"}.get(outcome(point), "red")
-    verdict = Text(outcome(point), style=style)
-    verdict.append(": " + "; ".join(point.reasons) if point.reasons else "", style="dim")
-    return [*map(Text, plain), verdict]
+    asked = [f"{exact(context)}/{exact(point.setting.output_tokens)}", *([str(point.repeat)] if repeated else [])]
+    verdict = Text(outcome(point), style=_style(outcome(point)))
+    return [*map(Text, [point.stack, exact(load.value), *asked, *(cell(point, m, s) for m, s in PRINTED)]), verdict]
+
+
+def _reasons(points: Sequence[Point]) -> Text | None:
+    """Why points are not valid or did not end well, each reason once."""
+    where: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for point in points:
+        if point.reasons:
+            where[outcome(point), "; ".join(point.reasons)].append(f"{point.stack} at {point.condition.load.label}")
+    lines = [
+        Text.assemble((word, _style(word)), f" {', '.join(dict.fromkeys(places))}: {reason}")
+        for (word, reason), places in where.items()
+    ]
+    return Text("\n").join(lines) if lines else None
+
+
+def _style(word: str) -> str:
+    return {"valid": "green", "suspect": "yellow"}.get(word, "red")
