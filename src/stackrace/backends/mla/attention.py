@@ -136,7 +136,7 @@ class LatentAttention(Attention):
         return self.expand(latent_SL, rotated_SR)
 
     def decode(self, q_BHK: Tensor, cache: LayerCache, batch: Batch) -> Tensor:
-        """512-wide attention that all heads share, then out of the latent space."""
+        """In the latent space, where all heads read the same rows."""
         config = self.config
         up_HXL = torch.unflatten(self.kv_b_proj, 0, (config.num_heads, -1))  # X: N, then V rows
         up_HNL, up_HVL = torch.split(up_HXL, [config.qk_nope_width, config.v_width], dim=1)
@@ -156,12 +156,12 @@ class ExpandedAttention(Attention):
             rows.flatten(0, 1).index_copy_(0, slot_T, new)
 
     def context(self, cache: LayerCache, slot_S: Tensor) -> tuple[Tensor, Tensor]:
-        """As they were stored."""
+        """As they were stored: nothing is left to compute."""
         key, value = (rows.flatten(0, 1).index_select(0, slot_S) for rows in cache)
         return key, value
 
     def decode(self, q_BHK: Tensor, cache: LayerCache, batch: Batch) -> Tensor:
-        """Attention over as many keys as there are heads."""
+        """Each head reads rows of its own."""
         return gqa_decode(q_BHK, cache[0], cache[1], batch.table_BM, batch.length_B, self.scale)
 
 
