@@ -18,8 +18,12 @@ def gaps_of(arrival, n=N, seed=0):
 
 @pytest.mark.parametrize(
     ("arrival", "cv"),
-    [(Poisson(rate=7.0), 1.0), (Gamma(rate=7.0, cv=0.5), 0.5), (Gamma(rate=7.0, cv=1.0), 1.0)]
-    + [(Gamma(rate=0.1, cv=3.0), 3.0)],
+    [
+        (Poisson(rate=7.0), 1.0),
+        (Gamma(rate=7.0, cv=0.5), 0.5),
+        (Gamma(rate=7.0, cv=1.0), 1.0),
+        (Gamma(rate=0.1, cv=3.0), 3.0),
+    ],
     ids=str,
 )
 def test_rate_and_cv_within_sampling_error(arrival, cv):

@@ -136,8 +136,18 @@ def test_unknown_slo_names_what_is_known():
 
 @pytest.mark.parametrize(
     ("n", "q", "expected"),
-    [(1, 0.5, None), (2, 0.5, 1), (3, 0.5, 2), (9, 0.9, None), (10, 0.9, 9), (99, 0.99, None), (100, 0.99, 99)]
-    + [(101, 0.99, 100), (10, 0.1, 1), (9, 0.1, None)],
+    [
+        (1, 0.5, None),
+        (2, 0.5, 1),
+        (3, 0.5, 2),
+        (9, 0.9, None),
+        (10, 0.9, 9),
+        (99, 0.99, None),
+        (100, 0.99, 99),
+        (101, 0.99, 100),
+        (10, 0.1, 1),
+        (9, 0.1, None),
+    ],
 )
 def test_nearest_rank(n, q, expected):
     shuffled = np.random.default_rng(n).permutation(np.arange(1.0, n + 1))

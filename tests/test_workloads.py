@@ -1,6 +1,6 @@
 """Prompts and schedules: exact lengths, unique prompts, an exact shared prefix, frozen and replayed unchanged."""
 
-from itertools import islice
+from itertools import islice, pairwise
 
 import numpy as np
 import pytest
@@ -46,7 +46,7 @@ def test_the_shared_prefix_is_exact(share):
 def test_the_shared_prefix_is_exact_for_every_length():
     lengths = Uniform(low=20, high=60)
     prompts = [r.prompt for r in requests(synthetic(input_lengths=lengths, shared_prefix=0.5), 200)]
-    for a, b in zip(prompts, prompts[1:], strict=False):
+    for a, b in pairwise(prompts):
         assert common_prefix(a, b) >= min(round(0.5 * len(a)), round(0.5 * len(b)))
     shared = max(prompts, key=len)
     for p in prompts:

@@ -13,7 +13,6 @@ from stackrace.backends.running import Engine, Placement
 from stackrace.harness.errors import UsageError, require
 from stackrace.harness.types import Endpoint
 
-
 _NO_IDENTITY = ("port", "checkpoint", "startup_timeout", "stop_grace")
 
 
@@ -52,7 +51,10 @@ class Backend(ABC):
         return {"PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1", **self.env}
 
     def fingerprint(self) -> str:
-        """Hash of everything that makes it this engine: settings and version, but neither port nor paths (weights have an identity of their own)."""
+        """Hash of everything that makes it this engine: settings and version, but neither port nor paths.
+
+        Its weights have an identity of their own.
+        """
         settings = {k: v for k, v in asdict(self).items() if k not in _NO_IDENTITY}
         text = json.dumps([self.version(), settings], sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:16]

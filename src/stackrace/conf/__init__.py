@@ -1,0 +1,1 @@
+"""Every value, as Hydra groups; a package because Hydra wants one."""

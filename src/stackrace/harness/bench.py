@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
-from stackrace.harness.errors import PointFailed, UsageError
+from stackrace.harness.errors import UsageError
 from stackrace.harness.progress import Progress
 from stackrace.harness.sweep import Sweep
 
@@ -28,22 +28,22 @@ def bench(args: list[str]) -> int:
     with Sweep(Progress(notes)) as sweep:
         try:
             _main()
-        except PointFailed:
-            pass  # the sweep went on, and knows which failed
         except (HydraException, OmegaConfBaseException) as e:
-            if isinstance(e.__cause__, UsageError):
-                raise e.__cause__ from None
             raise UsageError(" ".join(str(e).split())) from None
         except KeyboardInterrupt:
             notes.print("interrupted: what was finished is kept, the same command goes on from there")
             return 130
+    if sweep.refused is not None:
+        raise sweep.refused
     return _close(sweep)
 
 
 @hydra.main(version_base="1.3", config_path="pkg://stackrace.conf", config_name="bench")
 def _main(cfg: DictConfig) -> dict[str, Any] | None:
-    assert Sweep.active is not None
-    return Sweep.active.run(cfg)
+    if Sweep.active is not None:
+        return Sweep.active.run_and_note(cfg)
+    with Sweep(Progress(Console(stderr=True))) as sweep:  # a launcher's process of its own
+        return sweep.run(cfg)
 
 
 def _close(sweep: Sweep) -> int:

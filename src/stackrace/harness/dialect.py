@@ -89,6 +89,8 @@ class _Parser:
             try:
                 self._http.feed_data(read.data)
             except httptools.HttpParserError as e:
+                if self._answer.complete:  # what follows the end is none of this response
+                    break
                 self._fail(f"not HTTP: {e}: {read.data[:80]!r}")
                 break
         if self._body and self._answer.error is None:

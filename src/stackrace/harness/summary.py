@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import yaml
 
-from stackrace.harness.errors import UsageError
+from stackrace.harness.errors import UsageError, require
 from stackrace.harness.metrics import JUDGED
 from stackrace.harness.observed import Floats, Observed
 
@@ -63,6 +63,8 @@ def parse_slo(slo_ms: Mapping[str, float | None]) -> dict[str, float | None]:
         if name not in JUDGED or name == key:
             known = ", ".join(f"{n}_ms" for n in JUDGED)
             raise UsageError(f"slo.{key} is not something a request can be judged by: use one of {known}")
+        if limit is not None:
+            require(f"slo.{key}", limit, (int, float), lambda v: v > 0, "milliseconds above 0, or null")
         slo[name] = None if limit is None else limit / 1000
     return slo
 

@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from stackrace.backends.garage import Garage
 from stackrace.harness import store
-from stackrace.harness.errors import PointFailed
+from stackrace.harness.errors import PointFailed, UsageError
 from stackrace.harness.point import Point, plan
 from stackrace.harness.progress import Progress
 from stackrace.harness.race import race
@@ -26,6 +26,7 @@ class Sweep:
         self._planned: dict[str, Point] = {}
         self.points: list[Point] = []
         self.failed: list[str] = []
+        self.refused: UsageError | None = None
 
     def __enter__(self) -> "Sweep":
         Sweep.active = self
@@ -60,6 +61,16 @@ class Sweep:
             raise
         self._progress.end(meta)
         return meta
+
+    def run_and_note(self, cfg: DictConfig) -> dict[str, Any] | None:
+        """Like `run`, but what goes wrong is kept in `failed` and `refused`: Hydra would print it in its own way."""
+        try:
+            return self.run(cfg)
+        except PointFailed:
+            return None
+        except UsageError as e:
+            self.refused = e
+            return None
 
 
 def is_finished(point: Point) -> bool:

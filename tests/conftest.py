@@ -1,0 +1,132 @@
+"""Shared by the tests: composing configurations, running the command, watching processes."""
+
+import os
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+
+def pytest_configure(config):
+    os.environ.setdefault("PYTHONSAFEPATH", "1")
+
+
+@pytest.fixture
+def compose():
+    """`compose("backend=mock", ...)` -> the composed configuration, as a Hydra job gets it."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_module
+
+    def run(*overrides):
+        with initialize_config_module("stackrace.conf", version_base="1.3"):
+            return hydra_compose("bench", list(overrides))
+
+    return run
+
+
+@pytest.fixture
+def stackrace(tmp_path):
+    """`stackrace("bench", ...)` runs the real command in `tmp_path` and returns the finished process."""
+
+    def run(*args, **options):
+        return subprocess.run(
+            [sys.executable, "-m", "stackrace", *map(str, args)],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=100,
+            check=False,
+            **options,
+        )
+
+    return run
+
+
+@pytest.fixture
+def processes_of(tmp_path):
+    """Lists the processes that work in `tmp_path` or were told about it; waits up to 10 s for them to go."""
+
+    def touching():
+        found = []
+        for p in psutil.process_iter(["pid", "cwd", "cmdline"]):
+            words = [p.info["cwd"] or "", *(p.info["cmdline"] or [])]
+            if p.pid != os.getpid() and any(str(tmp_path) in w for w in words):
+                found.append(p)
+        return found
+
+    def left(patience=10.0):
+        deadline = time.monotonic() + patience
+        while touching() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return [" ".join(p.cmdline()) for p in touching() if p.is_running()]
+
+    left.now = touching
+    return left
+
+
+@pytest.fixture
+def load(tmp_path):
+    """`load(endpoint, schedule, concurrency=...)` races a schedule; returns its records and the worker's health."""
+    from stackrace.harness import host
+    from stackrace.harness.generator import LoadGenerator, record
+    from stackrace.harness.messages import Capture, Health, Job, Started
+    from stackrace.harness.schedule import Schedule
+
+    def run(endpoint, schedule, **changes):
+        schedule.save(tmp_path / "schedule.parquet")
+        settings = {
+            "warmup": Schedule((), ()),
+            "warmup_concurrency": 1,
+            "concurrency": None,
+            "seconds": None,
+            "drain": 5.0,
+            "connect_timeout": 5.0,
+            "request_timeout": 60.0,
+            "stall_timeout": 30.0,
+            "cores": host.usable_cores()[-1:],
+        }
+        job = Job(endpoint=endpoint, schedule=tmp_path / "schedule.parquet", **{**settings, **changes})
+        records, health, start = {}, None, None
+        with LoadGenerator(job) as generator:
+            for message in generator.messages(0.5):
+                if isinstance(message, Started):
+                    start = message.start
+                elif isinstance(message, Health):
+                    health = message
+                elif isinstance(message, Capture):
+                    request = schedule.requests[message.position]
+                    records[request.id] = record(message, request.id, start)
+        return [records[i] for i in sorted(records)], health
+
+    return run
+
+
+@pytest.fixture
+def ask():
+    """`ask(n, tokens, due=[seconds...])` -> a schedule of n short prompts, all at once unless `due` says otherwise."""
+    from stackrace.harness.schedule import Schedule
+    from stackrace.harness.types import Request, Sampling
+
+    def make(n, tokens, due=None):
+        requests = tuple(Request(i, (5, 6, 7 + i), tokens, Sampling(0.0, 1.0, 0, i)) for i in range(n))
+        return Schedule(requests, tuple(round(1e9 * t) for t in (due or [0] * n)))
+
+    return make
+
+
+@pytest.fixture
+def mock_engine(compose, tmp_path):
+    """`mock_engine("backend.ttft=0.05", ...)` -> a running mock's endpoint, on cores of its own."""
+    from stackrace.backends.garage import Garage
+    from stackrace.harness.point import build_backend
+
+    garage = Garage()
+
+    def start(*overrides):
+        backend, cores = build_backend(compose("backend=mock", *overrides))
+        return garage.engine(backend, tmp_path / "engine", cores.engine).endpoint
+
+    yield start
+    garage.close()

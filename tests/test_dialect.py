@@ -1,0 +1,163 @@
+"""The wire: bytes of a request, and the parser against streams cut anywhere."""
+
+import itertools
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stackrace.harness.client import _EndOfResponse
+from stackrace.harness.dialect import Read, parse, request_bytes
+from stackrace.harness.types import Endpoint, Request, Sampling
+
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream; charset=utf-8\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+def chunked(*parts):
+    return b"".join(b"%x\r\n%b\r\n" % (len(p), p) for p in parts) + b"0\r\n\r\n"
+
+
+def event(**fields):
+    return b"data: " + json.dumps(fields).encode() + b"\n\n"
+
+
+def reads(*parts):
+    return [Read(stamp, [], data) for stamp, data in enumerate(parts)]
+
+
+def usage(n_out, n_in=3):
+    return {"prompt_tokens": n_in, "completion_tokens": n_out}
+
+
+DONE = b"data: [DONE]\n\n"
+
+
+def test_request_has_everything_that_decides_the_answer():
+    request = Request(7, (5, 6, 7), 9, Sampling(0.5, 0.9, 20, 42))
+    endpoint = Endpoint("http://h:8000/base/", "m", {"Authorization": "Bearer k"}, {"min_p": 0.1}, ("top_k",))
+    head, body = request_bytes(endpoint, request).split(b"\r\n\r\n")
+    lines = head.decode().split("\r\n")
+    assert lines[0] == "POST /base/v1/completions HTTP/1.1"
+    assert {"Host: h:8000", "Authorization: Bearer k", f"Content-Length: {len(body)}"} <= set(lines)
+    assert json.loads(body) == {
+        "model": "m",
+        "prompt": [5, 6, 7],
+        "max_tokens": 9,
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "seed": 42,
+        "ignore_eos": True,
+        "return_token_ids": True,
+        "stream": True,
+        "stream_options": {"include_usage": True, "continuous_usage_stats": True},
+        "min_p": 0.1,
+    }
+
+
+def test_a_chunk_has_the_time_of_the_read_that_completed_it():
+    first, second = event(choices=[{"token_ids": [1]}]), event(choices=[{"token_ids": [2, 3]}])
+    whole = HEAD + chunked(first, second, DONE)
+    at = whole.index(b'"token_ids": [2')
+    answer = parse(reads(whole[:at], whole[at : at + 3], whole[at + 3 :]))
+    assert (answer.chunk_times, answer.chunk_tokens, answer.output_ids) == ([0, 2], [1, 2], [1, 2, 3])
+    assert answer.done
+    assert answer.complete
+    assert answer.keep_alive
+    assert answer.error is None
+
+
+def test_running_usage_counts_tokens_and_an_empty_text_still_brings_one():
+    body = chunked(
+        event(choices=[{"text": "a"}], usage=usage(1)),
+        event(choices=[{"text": ""}], usage=usage(3)),
+        event(choices=[{"text": "", "finish_reason": "length"}], usage=usage(3)),
+        event(choices=[], usage=usage(3)),
+        DONE,
+    )
+    answer = parse(reads(HEAD, body))
+    assert answer.chunk_tokens == [1, 2]
+    assert answer.token_source == "usage"
+    assert (answer.prompt_tokens, answer.output_tokens) == (3, 3)
+
+
+def test_a_role_only_event_brings_no_token():
+    body = chunked(
+        event(choices=[{"delta": {"role": "assistant", "content": ""}}]),
+        event(choices=[{"delta": {"content": "x"}}]),
+        event(choices=[], usage=usage(1)),
+        DONE,
+    )
+    answer = parse(reads(HEAD, *(bytes([b]) for b in body)))
+    assert answer.chunk_tokens == [1]
+    assert answer.token_source == "text"
+
+
+def test_cached_tokens_are_kept():
+    last = event(choices=[], usage={**usage(1), "prompt_tokens_details": {"cached_tokens": 2}})
+    assert parse(reads(HEAD, chunked(event(choices=[{"text": "a"}]), last, DONE))).cached_tokens == 2
+
+
+@pytest.mark.parametrize(
+    ("raw", "words"),
+    [
+        (b'HTTP/1.1 500 -\r\nContent-Length: 28\r\n\r\n{"error":{"message":"boom"}}', "HTTP 500"),
+        (b"HTTP/1.1 404 -\r\nContent-Length: 4\r\n\r\nnope", "HTTP 404: nope"),
+        (b"SSH-2.0-x\r\n\r\n", "not HTTP"),
+        (HEAD + chunked(b"data: {broken\n\n"), "bad event"),
+        (HEAD + chunked(b'data: {"error": {"message": "out of pages"}}\n\n'), "error event: out of pages"),
+        (HEAD + chunked(b"data: [1, 2]\n\n"), "bad event"),
+        (HEAD + chunked(event(choices=[{"text": "a"}], usage={"completion_tokens": "x"})), "bad event"),
+        (b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}", "no event stream"),
+    ],
+)
+def test_what_is_wrong_is_said(raw, words):
+    assert words in parse(reads(raw)).error
+
+
+def test_a_bad_event_costs_no_later_one():
+    body = chunked(b"data: {bad\n\n", event(choices=[{"token_ids": [4]}]), DONE)
+    answer = parse(reads(HEAD, body))
+    assert answer.output_ids == [4]
+    assert "bad event" in answer.error
+
+
+BODIES = st.lists(st.integers(1, 5), min_size=1, max_size=8)
+
+
+def a_response(tokens, newline=b"\n", chunks=True):
+    parts, total = [], 0
+    for n in tokens:
+        total += n
+        fields = {"choices": [{"text": "ä" * n, "token_ids": list(range(n))}], "usage": usage(total)}
+        parts.append(b": note" + newline + b"data: " + json.dumps(fields).encode() + newline * 2)
+    parts.append(b"data: [DONE]" + newline * 2)
+    if chunks:
+        return HEAD + chunked(*parts)
+    body = b"".join(parts)
+    head = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\nContent-Length: %d\r\n\r\n" % len(body)
+    return head + body
+
+
+@given(BODIES, st.lists(st.integers(0, 2000), max_size=30), st.sampled_from([b"\n", b"\r\n"]), st.booleans())
+def test_wherever_the_reads_are_cut_the_same_tokens_come(tokens, cuts, newline, chunks):
+    raw = a_response(tokens, newline, chunks)
+    at = sorted({0, len(raw), *(c for c in cuts if c < len(raw))})
+    pieces = [raw[a:b] for a, b in itertools.pairwise(at)]
+    answer = parse(reads(*pieces))
+    assert answer.error is None
+    assert answer.chunk_tokens == tokens
+    assert answer.output_tokens == sum(tokens)
+    assert answer.complete
+    assert answer.done
+    ends = _EndOfResponse()
+    assert [ends.seen(p) for p in pieces] == [False] * (len(pieces) - 1) + [True]
+
+
+@given(st.binary(max_size=400), st.lists(st.integers(0, 400), max_size=5))
+def test_no_bytes_make_the_parser_raise(raw, cuts):
+    at = sorted({0, len(raw), *(c for c in cuts if c < len(raw))})
+    parse(reads(*(HEAD, *(raw[a:b] for a, b in itertools.pairwise(at)))))
+    parse(reads(raw))
+    ends = _EndOfResponse()
+    ends.seen(raw)

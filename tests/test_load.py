@@ -1,0 +1,235 @@
+"""The load generator against servers whose truth is known: the mock, and sockets that misbehave on purpose."""
+
+import contextlib
+import socket
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from stackrace.harness import records as table
+from stackrace.harness.schedule import Schedule
+from stackrace.harness.summary import summarize
+from stackrace.harness.types import Endpoint, Request, Sampling
+
+MS = 1e-3
+_EVENTS = b'data: {"choices": [{"token_ids": [1], "text": "a"}]}\n\ndata: [DONE]\n\n'
+STREAM = (
+    b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+    b"%x\r\n%b\r\n0\r\n\r\n" % (len(_EVENTS), _EVENTS)
+)
+
+
+def rows(records, schedule):
+    asked = {r.id: r for r in schedule.requests}
+    return table.frame(table.row(r, asked[r.id]) for r in records)
+
+
+@pytest.mark.parametrize("tokens_per_event", [1, 4])
+def test_the_truth_of_the_mock_is_recovered(mock_engine, load, ask, tokens_per_event):
+    """TTFT 50 ms, gap 10 ms, 64 streams: within 0.5 ms; throughput within 1 %; token counts exact."""
+    endpoint = mock_engine("backend.ttft=0.05", "backend.gap=0.01", f"backend.tokens_per_event={tokens_per_event}")
+    events, n = 50, 256
+    tokens = events * tokens_per_event
+    service = 0.05 + 0.01 * (events - 1)
+    due = [i * service / 64 for i in range(n)]  # 64 streams at once, evenly spread
+    schedule = ask(n, tokens, due)
+    records, health = load(endpoint, schedule)
+    found = summarize(rows(records, schedule), {})
+    assert found["ttft"]["p50"] == pytest.approx(50 * MS, abs=0.5 * MS)
+    assert found["tpot"]["p50"] == pytest.approx(10 * MS / tokens_per_event, abs=0.5 * MS)
+    assert found["itl"]["p50"] == pytest.approx(10 * MS, abs=0.5 * MS)
+    whole = due[-1] + service
+    assert found["output_throughput"]["whole"] == pytest.approx(n * tokens / whole, rel=0.01)
+    assert found["batch"]["run"] == pytest.approx(n * service / whole, rel=0.02)
+    assert [sum(r.chunk_tokens) for r in records] == [tokens] * n
+    assert [r.output_tokens for r in records] == [tokens] * n
+    assert {tuple(r.output_ids) for r in records} == {tuple(range(tokens))}
+    assert found["failed"]["run"] == 0
+    assert health.cpu_share < 0.9
+
+
+def test_closed_loop_keeps_the_cap_and_is_due_when_its_slot_is_free(mock_engine, load, ask):
+    endpoint = mock_engine("backend.ttft=0.02", "backend.gap=0.005")
+    schedule = ask(40, 9)
+    records, _ = load(endpoint, schedule, concurrency=8)
+    assert all(r.due == r.slot for r in records)
+    ends = sorted(r.end for r in records)
+    for k, r in enumerate(sorted(records, key=lambda r: r.slot)):
+        if k >= 8:  # the slot that the (k - 8)th end set free
+            assert r.slot == pytest.approx(ends[k - 8], abs=2e6)
+    times = [(r.sent, 1) for r in records] + [(r.end, -1) for r in records]
+    assert max(np.cumsum([step for _, step in sorted(times)])) == 8
+
+
+def test_a_cap_on_an_open_loop_shows_the_wait_as_queued(mock_engine, load, ask):
+    endpoint = mock_engine("backend.ttft=0.1", "backend.gap=0.0")
+    schedule = ask(5, 1, due=[0.001, 0.001, 0.001, 0.001, 0.001])
+    records, _ = load(endpoint, schedule, concurrency=1)
+    found = summarize(rows(records, schedule), {})
+    waits = sorted((r.slot - r.due) / 1e9 for r in records)
+    assert waits == pytest.approx([0, 0.1, 0.2, 0.3, 0.4], abs=20 * MS)
+    assert found["ttft"]["max"] == pytest.approx(0.5, abs=25 * MS)
+    assert found["ttft_service"]["max"] == pytest.approx(0.1, abs=10 * MS)
+    assert found["lag"]["max"] < 5 * MS
+
+
+def test_requests_are_never_early_and_hardly_late(mock_engine, load, ask):
+    endpoint = mock_engine("backend.ttft=0.001", "backend.gap=0.0")
+    rng = np.random.default_rng(0)
+    schedule = ask(600, 1, due=np.cumsum(rng.exponential(1 / 300, 600)).tolist())
+    records, _ = load(endpoint, schedule)
+    lag = np.array([r.sent - r.due for r in records])
+    assert lag.min() >= 0
+    assert np.quantile(lag, 0.9) < 2e6
+    assert all(r.body_sent >= r.sent for r in records)
+
+
+def test_stop_by_seconds_censors_what_is_in_flight(mock_engine, load, ask):
+    endpoint = mock_engine("backend.ttft=0.05", "backend.gap=0.1")
+    schedule = ask(3, 60, due=[0.0, 0.1, 0.9])
+    began = time.monotonic()
+    records, _ = load(endpoint, schedule, seconds=0.5, drain=0.2)
+    assert time.monotonic() - began < 5
+    assert [r.id for r in records] == [0, 1]  # the third was never due before the end
+    assert all(r.censored and r.error is None and r.chunk_times for r in records)
+
+
+def test_what_waits_for_a_slot_at_the_cutoff_is_censored_unsent(mock_engine, load, ask):
+    endpoint = mock_engine("backend.ttft=0.6", "backend.gap=0.0")
+    schedule = ask(2, 1, due=[0.001, 0.002])
+    records, _ = load(endpoint, schedule, concurrency=1, seconds=0.3, drain=1.0)
+    assert [r.censored for r in records] == [False, True]
+    assert records[1].sent is None
+    assert summarize(rows(records, schedule), {"ttft_ms": 100})["attainment"]["whole"] == 0.0
+
+
+def test_errors_cuts_and_stalls_are_recorded_and_the_rest_goes_on(mock_engine, load, ask):
+    endpoint = mock_engine("backend.ttft=0.01", "backend.gap=0.002", "backend.error_share=0.3", "backend.cut_share=0.3")
+    schedule = ask(100, 10)
+    records, _ = load(endpoint, schedule, concurrency=10)
+    assert len(records) == 100
+    refused = [r for r in records if r.error and "HTTP 500: planted by the mock" in r.error]
+    cut = [r for r in records if r.error and "connection" in r.error.lower()]
+    fine = [r for r in records if r.error is None]
+    assert len(refused) + len(cut) + len(fine) == 100
+    assert min(len(refused), len(cut), len(fine)) > 5
+    assert all(sum(r.chunk_tokens) == 5 for r in cut)  # what came before the cut is kept
+    assert all(sum(r.chunk_tokens) == 10 for r in fine)
+
+
+def test_a_silent_stream_is_given_up(mock_engine, load, ask):
+    endpoint = mock_engine("backend.ttft=0.01", "backend.gap=0.01", "backend.stall_share=1", "backend.stall=30")
+    records, _ = load(endpoint, ask(2, 8), stall_timeout=0.5)
+    assert all("no byte for 0.5 s (timeouts.stall)" in r.error for r in records)
+    assert all(sum(r.chunk_tokens) == 4 for r in records)
+
+
+def test_nobody_listens(load, ask):
+    records, _ = load(Endpoint("http://127.0.0.1:9", "m"), ask(3, 1), concurrency=1)
+    assert len(records) == 3
+    assert all("cannot connect" in r.error for r in records)
+
+
+@contextlib.contextmanager
+def scripted(handle):
+    """A server that gives each accepted connection, with its number, to `handle` in a thread of its own."""
+    server = socket.create_server(("127.0.0.1", 0))
+
+    def accept():
+        with contextlib.suppress(OSError):
+            for number in range(1000):
+                connection, _ = server.accept()
+                threading.Thread(target=serve, args=(connection, number), daemon=True).start()
+
+    def serve(connection, number):
+        with connection, contextlib.suppress(OSError):
+            handle(connection, number)
+
+    threading.Thread(target=accept, daemon=True).start()
+    try:
+        yield Endpoint(f"http://127.0.0.1:{server.getsockname()[1]}", "m")
+    finally:
+        server.shutdown(socket.SHUT_RDWR)
+        server.close()
+
+
+def receive_request(connection):
+    data = b""
+    while b"\r\n\r\n" not in data:
+        part = connection.recv(65536)
+        if not part:
+            raise OSError("closed")
+        data += part
+    head, _, body = data.partition(b"\r\n\r\n")
+    length = int(next(v for k, v in (line.split(b": ") for line in head.split(b"\r\n")[1:]) if k == b"Content-Length"))
+    while len(body) < length:
+        body += connection.recv(65536)
+
+
+def reset(connection):
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+
+
+def test_a_reset_of_a_used_connection_is_retried_once_with_its_due_time_kept(load, ask):
+    def handle(connection, number):
+        receive_request(connection)
+        connection.sendall(STREAM)
+        if number == 0:
+            receive_request(connection)  # the second request on this connection, and then a reset
+            reset(connection)
+            return
+        while True:
+            receive_request(connection)
+            connection.sendall(STREAM)
+
+    with scripted(handle) as endpoint:
+        records, _ = load(endpoint, ask(3, 1), concurrency=1)
+    assert [r.error for r in records] == [None, None, None]
+    assert [r.reconnected for r in records] == [0, 1, 0]
+
+
+def test_a_reset_of_a_fresh_connection_is_an_error(load, ask):
+    def handle(connection, number):
+        receive_request(connection)
+        reset(connection)
+
+    with scripted(handle) as endpoint:
+        records, _ = load(endpoint, ask(2, 1), concurrency=1)
+    assert all(r.error and r.reconnected == 0 for r in records)
+
+
+def test_a_connection_that_the_server_closed_is_not_used(load, ask):
+    def handle(connection, number):
+        receive_request(connection)
+        connection.sendall(STREAM)
+
+    with scripted(handle) as endpoint:
+        records, _ = load(endpoint, ask(4, 1, due=[0, 0.1, 0.2, 0.3]))
+    assert [(r.error, r.reconnected) for r in records] == [(None, 0)] * 4
+
+
+def test_a_large_prompt_leaves_whole(load):
+    sizes = []
+
+    def handle(connection, number):
+        receive_request(connection)
+        sizes.append(True)
+        connection.sendall(STREAM)
+
+    prompt = tuple(range(100_000, 500_000))
+    schedule = Schedule((Request(0, prompt, 1, Sampling(0.0, 1.0, 0, 0)),), (0,))
+    with scripted(handle) as endpoint:
+        (record,), _ = load(endpoint, schedule)
+    assert record.error is None
+    assert record.body_sent > record.sent
+    assert sizes == [True]
+
+
+def test_warm_up_is_not_recorded(mock_engine, load, ask):
+    endpoint = mock_engine("backend.ttft=0.01", "backend.gap=0.0")
+    warmup = ask(5, 2)
+    records, _ = load(endpoint, ask(3, 2), warmup=warmup, warmup_concurrency=2)
+    assert [r.id for r in records] == [0, 1, 2]
+    assert min(r.due for r in records) == 0
