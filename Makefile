@@ -1,0 +1,35 @@
+# make demo and make test set up by themselves; everything lives in .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/ready
+
+.PHONY: install demo test check clean help
+
+help: ## Say what there is
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
+
+install: $(READY) ## Set up .venv
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "$(PYTHON) is older than 3.11: make PYTHON=/path/to/a/newer/python"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: $(READY) ## Race two stacks of the embedded engine on this CPU; leaves results/demo/report.html
+	$(BIN)/stackrace bench experiment=demo
+	$(BIN)/stackrace report results/demo
+
+test: $(READY) ## Everything that needs no engine and no GPU
+	$(BIN)/pytest
+
+check: $(READY) ## Lint, format, types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+clean: ## Remove .venv, caches and the demo's model and results
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis models/tiny-seed0 results/demo results/.hydra
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
