@@ -1,7 +1,10 @@
 """The load generator against servers whose truth is known: the mock, and sockets that misbehave on purpose."""
 
 import contextlib
+import shutil
 import socket
+import ssl
+import subprocess
 import threading
 import time
 
@@ -233,3 +236,28 @@ def test_warm_up_is_not_recorded(mock_engine, load, ask):
     records, _ = load(endpoint, ask(3, 2), warmup=warmup, warmup_concurrency=2)
     assert [r.id for r in records] == [0, 1, 2]
     assert min(r.due for r in records) == 0
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs the openssl command to make a certificate")
+def test_tls_is_spoken_and_verified(load, ask, tmp_path, monkeypatch):
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    make = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=localhost"]
+    make += ["-addext", "subjectAltName=DNS:localhost", "-keyout", key, "-out", certificate]
+    subprocess.run(make, check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+
+    def handle(connection, number):
+        with context.wrap_socket(connection, server_side=True) as secure:
+            while True:
+                receive_request(secure)
+                for at in range(0, len(STREAM), 20):
+                    secure.sendall(STREAM[at : at + 20])
+
+    with scripted(handle) as endpoint:
+        secure = Endpoint(endpoint.url.replace("http://127.0.0.1", "https://localhost"), "m")
+        refused, _ = load(secure, ask(1, 1))
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+        records, _ = load(secure, ask(3, 1), concurrency=1)
+    assert "CERTIFICATE_VERIFY_FAILED" in refused[0].error
+    assert [(r.error, r.chunk_tokens) for r in records] == [(None, [1])] * 3
