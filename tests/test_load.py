@@ -129,6 +129,25 @@ def test_a_silent_stream_is_given_up(mock_engine, load, ask):
     assert all(sum(r.chunk_tokens) == 4 for r in records)
 
 
+def test_silence_is_not_taken_for_a_reset(load, ask):
+    """A request given up for want of an answer is not sent again, even on a connection that was used before."""
+    requests = []
+
+    def handle(connection, number):
+        for answer in (STREAM, b""):
+            receive_request(connection)
+            requests.append(number)
+            connection.sendall(answer)
+        time.sleep(5)
+
+    with scripted(handle) as endpoint:
+        records, _ = load(endpoint, ask(2, 1), concurrency=1, stall_timeout=0.5)
+    assert records[0].error is None
+    assert "timeouts.stall" in records[1].error
+    assert records[1].reconnected == 0
+    assert len(requests) == 2
+
+
 def test_nobody_listens(load, ask):
     records, _ = load(Endpoint("http://127.0.0.1:9", "m"), ask(3, 1), concurrency=1)
     assert len(records) == 3

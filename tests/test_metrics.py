@@ -118,6 +118,37 @@ def test_a_wait_past_the_slo_makes_a_censored_request_a_miss():
     assert strict["attainment"]["whole"] == pytest.approx(2 / 6)
 
 
+@pytest.mark.parametrize(
+    ("slo", "attained"),
+    [
+        # request 4, censored: due and sent at 500, its only token at 560, given up at 700
+        ({"stall_ms": 139}, 4 / 6),  # it has waited 140 ms for the next: judged, a miss
+        ({"stall_ms": 141}, 4 / 5),  # not past it: not judged
+        ({"ttft_service_ms": 59}, 0),  # 60 ms; the successes took 98 to 149
+        ({"tpot_ms": 1}, 1 / 5),  # may yet shrink: not judged; only 5, without TPOT, passes
+    ],
+    ids=str,
+)
+def test_what_a_censored_request_can_already_have_missed(slo, attained):
+    assert summarize(golden(), slo)["attainment"]["whole"] == pytest.approx(attained)
+
+
+def test_waiting_without_a_token_counts_against_an_slo_on_service():
+    rows = golden()
+    rows.at[4, "chunk_times"], rows.at[4, "chunk_tokens"] = [], []
+    # 4 waits 200 ms from sent: past 160, as is none of the successes (149 at most)
+    assert summarize(rows, {"ttft_service_ms": 160})["attainment"]["whole"] == pytest.approx(4 / 6)
+    assert summarize(rows, {"ttft_service_ms": 210})["attainment"]["whole"] == pytest.approx(4 / 5)
+
+
+def test_a_run_without_any_token_attained_nothing():
+    rows = golden()
+    rows["chunk_times"] = rows["chunk_tokens"] = [[]] * len(rows)
+    found = summarize(rows, {"ttft_ms": 50})
+    assert found["attainment"]["whole"] == 0
+    assert found["output_throughput"]["whole"] == 0
+
+
 def test_without_slo_nothing_is_judged():
     nothing = summarize(golden(), {"ttft_ms": None, "tpot_ms": None, "e2e_ms": None})
     assert "goodput" not in nothing

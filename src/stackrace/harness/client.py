@@ -22,6 +22,7 @@ class Exchange:
         "connection",
         "end",
         "error",
+        "is_reset",
         "is_reusable",
         "reads",
         "sent",
@@ -34,7 +35,8 @@ class Exchange:
         self.body_sent: int | None = None
         self.end: int | None = None
         self.error: str | None = None
-        self.is_reusable = False
+        self.is_reusable = False  # the connection can carry another request
+        self.is_reset = False  # the connection broke before any byte of a response
         self._loop = loop
         self._on_end = on_end
         self._pending = memoryview(payload)
@@ -62,7 +64,7 @@ class Exchange:
         try:
             taken = self.connection.send(self._pending)
         except OSError as e:
-            self._finish(f"{type(e).__name__}: {e}")
+            self._break(f"{type(e).__name__}: {e}")
             return
         self._pending = self._pending[taken:]
         if not self._pending:
@@ -82,7 +84,7 @@ class Exchange:
         except BlockingIOError:
             return
         except OSError as e:
-            self._finish(f"{type(e).__name__}: {e}")
+            self._break(f"{type(e).__name__}: {e}")
             return
         for read in reads:
             if not read.data:
@@ -98,7 +100,11 @@ class Exchange:
         if self.reads and self._end_of_response.is_at_close:
             self._finish(None)
         else:
-            self._finish("connection closed by the server before the end of its response")
+            self._break("connection closed by the server before the end of its response")
+
+    def _break(self, error: str) -> None:
+        self.is_reset = not self.reads
+        self._finish(error)
 
     def _finish(self, error: str | None) -> None:
         self.end = now()

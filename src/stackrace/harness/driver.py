@@ -158,8 +158,8 @@ class Driver:
         connection = exchange.connection
         if exchange.is_reusable and connection is not None:
             self._connections.give_back(connection)
-        is_reset = exchange.error is not None and not exchange.reads and connection is not None and connection.used
-        if is_reset and not flight.reconnected and not flight.censored:
+        is_stale = exchange.is_reset and connection is not None and connection.used
+        if is_stale and not flight.reconnected and not flight.censored:
             flight.reconnected += 1
             self._send(flight)
             return

@@ -5,6 +5,7 @@ StackraceError
 ├── EngineError         an engine did not start, or stopped
 │   ├── EngineDied      it exited; carries the tail of its log
 │   └── EngineTimeout   it runs, but gave no token in time
+├── LoadGeneratorDied   our own client's process ended before the race was over
 ├── ProtocolError       a server answered something that is not the dialect we speak
 └── PointFailed         a point of a sweep ended without a result; its folder says why
 """

@@ -1,6 +1,7 @@
 """This machine: its cores and how processes are placed on them, what it is, and dying with one's parent."""
 
 import ctypes
+import functools
 import os
 import platform
 import resource
@@ -44,8 +45,9 @@ def split_cores(load_generator: int, engine: int | None) -> Cores:
     return Cores(usable[-load_generator:], rest[-engine:] if engine else rest)
 
 
+@functools.cache
 def usable_cores() -> tuple[int, ...]:
-    """Cores that this process may run on."""
+    """Cores that this process could run on when it was first asked, before it pinned itself."""
     if sys.platform == "linux":
         return tuple(sorted(os.sched_getaffinity(0)))
     return tuple(range(os.cpu_count() or 1))

@@ -138,12 +138,16 @@ def _verdicts(run: Observed, window: Window) -> tuple[Mask, Mask]:
 
 
 def _so_far(run: Observed, name: str) -> Floats:
-    """The least that a metric of a request in flight can still become; NaN where it may yet shrink."""
+    """The least that a metric of a request still in flight can become, in seconds; NaN where it may yet shrink."""
+    end = run.column("end")
     if name == "tpot":
         return np.full(len(run.records), np.nan)
-    value, waited = JUDGED[name](run), run.column("end") - run.column("due")
-    is_open = np.isnan(value) if name == "ttft" else np.full_like(value, name == "e2e", dtype=np.bool_)
-    return np.where(is_open, waited, value)
+    if name == "e2e":
+        return end - run.column("due")
+    if name == "stall":
+        return np.fmax(stall(run), end - run.last)
+    since = run.column("due" if name == "ttft" else "sent")
+    return np.fmin(run.first, end) - since
 
 
 def _spacing_rate(times: Floats) -> float | None:

@@ -57,6 +57,11 @@ class Observed:
         return self.records["error"].notna().to_numpy() & ~self.censored
 
     @cached_property
+    def sent(self) -> Mask:
+        """Left the client."""
+        return self.records["sent"].notna().to_numpy()
+
+    @cached_property
     def ok(self) -> Mask:
         """Ended by themselves and brought at least one token."""
         return ~self.failed & ~self.censored & (self.tokens > 0)
@@ -93,10 +98,11 @@ class Observed:
 
     @cached_property
     def whole(self) -> Window | None:
-        """First due to last token."""
-        if not np.isfinite(self.last).any():
+        """First due to last token; where no token came at all, to when the last request was given up."""
+        ends = self.last if np.isfinite(self.last).any() else self.column("end")
+        if not np.isfinite(ends).any():
             return None
-        return _window(self.column("due").min(), np.nanmax(self.last))
+        return _window(self.column("due").min(), np.nanmax(ends))
 
     @cached_property
     def steady(self) -> Window | None:
@@ -113,23 +119,19 @@ class Observed:
         times, counts = np.concatenate(self.times), np.concatenate(self.counts)
         return float(counts[window.holds(times)].sum())
 
-    @cached_property
-    def in_flight(self) -> tuple[Floats, Floats]:
-        """Requests in flight as a step function: times (s), and the number from each on."""
-        sent, end = self.column("sent"), self.column("end")
-        there = np.isfinite(sent) & np.isfinite(end)
-        times = np.concatenate([sent[there], end[there]])
-        steps = np.concatenate([np.ones(there.sum()), -np.ones(there.sum())])
-        order = np.argsort(times, kind="stable")
-        return times[order], np.cumsum(steps[order])
-
     def mean_in_flight(self, window: Window) -> float:
-        """Requests in flight, averaged over the time of the window."""
-        times, number = self.in_flight
-        if not len(times):
-            return 0.0
-        edges = np.clip(np.append(times, max(window.end, times[-1])), window.begin, window.end)
-        return float((np.diff(edges) * number).sum() / window.seconds)
+        """Requests in flight (sent, and not ended), averaged over the time of the window."""
+        return _mean_between(self.column("sent"), self.column("end"), window)
+
+    def mean_outstanding(self, window: Window) -> float:
+        """Requests due and not ended, waiting for a slot or in flight, averaged over the time of the window."""
+        return _mean_between(self.column("due"), self.column("end"), window)
+
+
+def _mean_between(begins: Floats, ends: Floats, window: Window) -> float:
+    """How many of the intervals cover a moment of the window, on average; an interval with a NaN covers none."""
+    covered = np.minimum(ends, window.end) - np.maximum(begins, window.begin)
+    return float(np.nansum(np.maximum(covered, 0.0)) / window.seconds)
 
 
 def _window(begin: float, end: float) -> Window | None:

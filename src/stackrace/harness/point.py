@@ -84,7 +84,7 @@ def plan(cfg: DictConfig) -> Point:
     _check_lengths(race, backend)
     hardware = config["hardware"]
     cores = host.split_cores(hardware["load_generator_cores"], hardware["engine_cores"])
-    key = _key(config, backend, weights, race)
+    key = _key(config, backend, weights, race, cores)
     return Point(config=config, backend=backend, schedule=race, warmup=warmup, cores=cores, weights=weights, key=key)
 
 
@@ -157,9 +157,9 @@ def _check_lengths(race: Schedule, backend: Backend) -> None:
         )
 
 
-def _key(config: Mapping[str, Any], backend: Backend, weights: str | None, race: Schedule) -> str:
-    """12 hex digits that change whenever the result could."""
+def _key(config: Mapping[str, Any], backend: Backend, weights: str | None, race: Schedule, cores: host.Cores) -> str:
+    """12 hex digits that change whenever the result could: by settings, stack, weights, schedule or processor."""
     settings = {k: v for k, v in config.items() if k not in (*_PATHS, "backend")}
     settings["model"] = {k: v for k, v in config["model"].items() if k != "checkpoint"}
-    identity = [settings, backend.fingerprint(), weights, race.hash]
+    identity = [settings, backend.fingerprint(), weights, race.hash, host.cpu_model(), *map(len, cores)]
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]

@@ -11,6 +11,7 @@ import numpy as np
 
 from stackrace.backends.garage import Garage
 from stackrace.backends.running import Engine
+from stackrace.harness import host
 from stackrace.harness import records as table
 from stackrace.harness.clock import SECOND, now
 from stackrace.harness.driver import Capture
@@ -72,6 +73,7 @@ def race(point: Point, garage: Garage, watch: Watch) -> dict[str, Any]:
 
     Raises PointFailed, after the folder says why, if it ended without a result; KeyboardInterrupt likewise.
     """
+    host.pin(point.cores.engine)  # parsing and the display must not disturb the load generator
     writer = RunWriter(point.folder)
     writer.begin(point.config, _meta(point))
     began = now()
@@ -86,6 +88,9 @@ def race(point: Point, garage: Garage, watch: Watch) -> dict[str, Any]:
         message = str(e) if isinstance(e, StackraceError) else f"{type(e).__name__}: {e}"
         run.end_somehow("failed", began, message)
         raise PointFailed(f"{point.folder.name} ({point.backend.name}): {message}") from e
+    except Exception as e:  # a fault of ours: the folder says so, and the traceback is worth seeing
+        run.end_somehow("failed", began, f"{type(e).__name__}: {e}")
+        raise
     return run.end("ok", began)
 
 
@@ -114,23 +119,14 @@ class _Run:
     def end(self, status: str, began: int, error: str | None = None) -> dict[str, Any]:
         """Write verdict and summary; returns run.json."""
         self._keep_log()
-        point, config = self._point, self._point.config
+        config = self._point.config
         frame = table.frame(self._writer.rows)
         fields: dict[str, Any] = {"seconds": (now() - began) / SECOND}
         if error is not None:
             fields["error"] = error
         if len(frame):
-            summary = summarize(frame, config["slo"])
-            fields["summary"] = summary
-            fields["validity"] = judge(
-                frame,
-                summary,
-                self._health,
-                config["workload"]["shared_prefix"],
-                is_open=not point.schedule.is_immediate,
-                has_own_core=point.cores.are_apart,
-                thresholds=config["validity"],
-            ).as_dict()
+            fields["summary"] = summary = summarize(frame, config["slo"])
+            fields["validity"] = judge(frame, summary, config, self._writer.meta).as_dict()
         return self._writer.end(status, **fields)
 
     def end_somehow(self, status: str, began: int, error: str) -> None:

@@ -79,6 +79,11 @@ class RunWriter:
         self._journal.flush()
 
     @property
+    def meta(self) -> dict[str, Any]:
+        """run.json as it stands."""
+        return self._meta
+
+    @property
     def rows(self) -> list[dict[str, object]]:
         """What `add` was given so far."""
         return self._rows

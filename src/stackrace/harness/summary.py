@@ -101,8 +101,8 @@ def _stats(metric: Metric, run: Observed) -> Stats:
 
 def _distribution(metric: Metric, run: Observed) -> dict[str, float | None]:
     samples = metric.compute(run)
-    if metric.over == "requests":
-        samples = samples[run.ok]
+    if metric.over != "chunks":
+        samples = samples[run.ok if metric.over == "requests" else run.sent]
     samples = samples[np.isfinite(samples)]
     if not len(samples):
         return {}

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from stackrace.harness.messages import Health
 from stackrace.harness.observed import Mask, Observed, Window
 from stackrace.harness.summary import Summary
 
@@ -35,24 +34,19 @@ class Validity:
         return asdict(self)
 
 
-def judge(
-    records: pd.DataFrame,
-    summary: Summary,
-    health: Health | None,
-    shared_prefix: float,
-    is_open: bool,
-    has_own_core: bool,
-    thresholds: Mapping[str, Mapping[str, float | None]],
-) -> Validity:
-    """Hold a finished point against the `validity` thresholds of the configuration."""
+def judge(records: pd.DataFrame, summary: Summary, config: Mapping[str, Any], meta: Mapping[str, Any]) -> Validity:
+    """Hold a point against the `validity` thresholds of its own configuration.
+
+    `config` and `meta` are config.yaml and run.json: an old run is judged by every ground that is known today.
+    """
     run = Observed(records)
     verdict, reasons = 0, []
-    for finding in _findings(run, summary, health, shared_prefix, is_open):
-        grade = _grade(finding.value, thresholds[finding.name])
+    for finding in _findings(run, summary, config, meta):
+        grade = _grade(finding.value, config["validity"].get(finding.name, {}))
         if grade and finding.value is not None:
             verdict = max(verdict, grade)
             reasons.append(finding.words.format(finding.value))
-    for reason in _plain_reasons(run, has_own_core):
+    for reason in _plain_reasons(run, meta):
         verdict = max(verdict, 1)
         reasons.append(reason)
     if not run.ok.any():
@@ -62,35 +56,30 @@ def judge(
 
 
 def _grade(value: float | None, limits: Mapping[str, float | None]) -> int:
-    if value is None:
-        return 0
-    suspect, invalid = limits["suspect"], limits["invalid"]
-    if invalid is not None and value > invalid:
+    suspect, invalid = limits.get("suspect"), limits.get("invalid")
+    if value is not None and invalid is not None and value > invalid:
         return 2
-    return 1 if suspect is not None and value > suspect else 0
+    return int(value is not None and suspect is not None and value > suspect)
 
 
-def _findings(
-    run: Observed, summary: Summary, health: Health | None, shared_prefix: float, is_open: bool
-) -> Iterator[Finding]:
-    lag = summary.get("lag", {})
-    yield Finding("lag_p99", lag.get("p99", lag.get("max")), "the client sent {:.4f} s late at p99")
-    if health is not None:
-        yield Finding("loop_lag_p99", health.loop_lag_p99, "the client's loop was {:.4f} s late at p99")
-        yield Finding("cpu_share", health.cpu_share, "the client used {:.0%} of its core")
-    judged = ~run.censored
-    yield Finding("error_share", _share(run.failed, judged), "{:.1%} of the requests failed")
+def _findings(run: Observed, summary: Summary, config: Mapping[str, Any], meta: Mapping[str, Any]) -> Iterator[Finding]:
+    lag, client = summary.get("lag", {}), meta.get("load_generator", {})
+    worst, where = (lag["p99"], "at p99") if "p99" in lag else (lag.get("max"), "at worst")
+    yield Finding("lag_p99", worst, f"the client sent {{:.4f}} s late {where}")
+    yield Finding("loop_lag_p99", client.get("loop_lag_p99"), "the client's loop was {:.4f} s late at p99")
+    yield Finding("cpu_share", client.get("cpu_share"), "the client used {:.0%} of its core")
+    yield Finding("error_share", _share(run.failed, ~run.censored), "{:.1%} of the requests failed")
     yield Finding("wrong_lengths", _share(_has_wrong_length(run), run.ok), "{:.1%} of the answers have wrong lengths")
-    yield Finding("cached_share", _cached_beyond(run, shared_prefix), "{:.1%} of the prompts came from a prefix cache")
-    if is_open:
-        yield Finding("queue_growth", _queue_growth(run), "the queue kept growing: {:.1f} times as long at the end")
+    beyond = _cached_beyond(run, config["workload"].get("shared_prefix", 0.0))
+    yield Finding("cached_share", beyond, "{:.1%} of the prompt tokens came from a prefix cache, unasked")
+    yield Finding("queue_growth", _queue_growth(run), "the queue kept growing: {:.1f} times as long at the end")
 
 
-def _plain_reasons(run: Observed, has_own_core: bool) -> Iterator[str]:
-    if not has_own_core:
+def _plain_reasons(run: Observed, meta: Mapping[str, Any]) -> Iterator[str]:
+    cores = meta.get("provenance", {}).get("cores", {})
+    if set(cores.get("load_generator", ())) & set(cores.get("engine", ())):
         yield "the load generator had no core of its own"
-    sources = set(run.records["token_source"].dropna())
-    if "text" in sources:
+    if "text" in set(run.records["token_source"].dropna()):
         yield "tokens were counted by text, since the server sends neither ids nor running usage"
 
 
@@ -119,15 +108,20 @@ def _cached_beyond(run: Observed, shared_prefix: float) -> float | None:
 
 
 def _queue_growth(run: Observed) -> float | None:
-    """How many times as many requests were in flight in the last fifth of the arrivals as in the middle one.
+    """How many times as many requests were outstanding in the last fifth of the arrivals as in the middle one.
 
-    None unless the number rose from each fifth to the next, which a steady queue does once in 120 times and an
-    overloaded one always. Both are taken one request larger, so that a queue of a few is not called growing.
+    Looked at from the first finished request on, when the system has filled, and only if that lasts for 20 arrivals
+    and five times as long as the first of them took; else None. None also unless the number rose from each fifth to the
+    next, which a steady queue does once in 120 times and an overloaded one always. Both are taken one request
+    larger, so that a queue of a few is not called growing.
     """
     due = run.column("due")
-    begin, end = float(due.min()), float(due.max())
-    if len(due) < 20 or end <= begin:
+    if not run.ok.any():
         return None
-    fifths = [run.mean_in_flight(Window(a, b)) for a, b in pairwise(np.linspace(begin, end, 6).tolist())]
+    begin, end = float(run.last[run.ok].min()), float(due.max())
+    early = (due >= begin) & (due <= begin + (end - begin) / 5)
+    if (due >= begin).sum() < 20 or not early.any() or end - begin < 5 * np.median((run.column("end") - due)[early]):
+        return None
+    fifths = [run.mean_outstanding(Window(a, b)) for a, b in pairwise(np.linspace(begin, end, 6).tolist())]
     is_rising = all(a < b for a, b in pairwise(fifths))
     return (fifths[4] + 1) / (fifths[2] + 1) if is_rising else None

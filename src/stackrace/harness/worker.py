@@ -110,8 +110,10 @@ async def _warm_up(
 
 
 def _status_error(capture: Capture) -> str | None:
+    """What a response says that is not a 200."""
     first = capture.reads[0].data if capture.reads else b""
-    return None if first.startswith(b"HTTP/1.1 200") else first[:200].decode(errors="replace")
+    is_fine = first.split(b" ", 2)[1:2] == [b"200"]
+    return None if is_fine else first[:200].decode(errors="replace")
 
 
 def _plan(job: Job, schedule: Schedule, payloads: list[bytes], start: int) -> Plan:

@@ -10,6 +10,7 @@ from stackrace.harness.report.asked import Leaves, common_mean, fixed, plain
 from stackrace.harness.report.numbers import exact
 from stackrace.harness.store import StoredRun
 from stackrace.harness.summary import Summary, metrics, parse_slo, summarize
+from stackrace.harness.validity import judge
 
 UNKNOWN = "unknown"
 UNFINISHED = {
@@ -104,6 +105,7 @@ def _point(run: StoredRun) -> Point:
     slo = (run.config or {}).get("slo") or {}
     summary = summarize(run.records, slo) if len(run.records) else {}
     load = _load(asked, summary, len(run.records))
+    validity = _validity(run, summary)
     return Point(
         folder=run.folder,
         stack=str(asked.get("stack") or UNKNOWN),
@@ -111,8 +113,8 @@ def _point(run: StoredRun) -> Point:
         condition=Condition(_number(asked.get("input_tokens")), load),
         repeat=int(asked.get("repeat") or 0),
         status=run.status,
-        verdict=str((run.meta.get("validity") or {}).get("verdict") or UNKNOWN),
-        reasons=_reasons(run),
+        verdict=str(validity.get("verdict") or UNKNOWN),
+        reasons=_reasons(run, validity),
         summary=summary,
         slo={name: limit for name, limit in parse_slo(slo).items() if limit is not None},
         requests=len(run.records),
@@ -160,8 +162,14 @@ def _machine(provenance: Mapping[str, Any]) -> str:
     return str((provenance.get("cpu") or {}).get("model") or UNKNOWN)
 
 
-def _reasons(run: StoredRun) -> tuple[str, ...]:
-    validity = run.meta.get("validity") or {}
+def _validity(run: StoredRun, summary: Summary) -> Mapping[str, Any]:
+    """Judged anew, by every ground known today; what was stored, where the thresholds were not."""
+    if summary and "validity" in run.config:
+        return judge(run.records, summary, run.config, run.meta).as_dict()
+    return run.meta.get("validity") or {}
+
+
+def _reasons(run: StoredRun, validity: Mapping[str, Any]) -> tuple[str, ...]:
     ending = [run.meta.get("error"), UNFINISHED.get(run.status)]
     if run.status == "ok" and not validity:
         ending.append("its validity was never judged")
