@@ -70,8 +70,8 @@ def processes_of(tmp_path):
 def load(tmp_path):
     """`load(endpoint, schedule, concurrency=...)` races a schedule; returns its records and the worker's health."""
     from stackrace.harness import host
-    from stackrace.harness.generator import LoadGenerator, record
-    from stackrace.harness.messages import Capture, Health, Job, Started
+    from stackrace.harness.load.generator import LoadGenerator, record
+    from stackrace.harness.load.messages import Capture, Health, Job, Started
     from stackrace.harness.schedule import Schedule
 
     def run(endpoint, schedule, **changes):

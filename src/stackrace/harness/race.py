@@ -14,10 +14,10 @@ from stackrace.backends.running import Engine
 from stackrace.harness import host
 from stackrace.harness import records as table
 from stackrace.harness.clock import SECOND, now
-from stackrace.harness.driver import Capture
 from stackrace.harness.errors import EngineError, LoadGeneratorDied, PointFailed, StackraceError
-from stackrace.harness.generator import LoadGenerator, record
-from stackrace.harness.messages import Health, Job, Message, Started, Tick, WarmedUp
+from stackrace.harness.load.driver import Capture
+from stackrace.harness.load.generator import LoadGenerator, record
+from stackrace.harness.load.messages import Health, Job, Message, Started, Tick, WarmedUp
 from stackrace.harness.point import Point
 from stackrace.harness.provenance import provenance
 from stackrace.harness.store import RunWriter

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from stackrace.harness.driver import Capture
+from stackrace.harness.load.driver import Capture
 from stackrace.harness.schedule import Schedule
 from stackrace.harness.types import Endpoint
 

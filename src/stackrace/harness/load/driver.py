@@ -8,10 +8,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from stackrace.harness.client import Exchange
 from stackrace.harness.clock import SECOND, Alarms, now
-from stackrace.harness.connections import Connections
-from stackrace.harness.dialect import Read
+from stackrace.harness.load.client import Exchange
+from stackrace.harness.load.connections import Connections
+from stackrace.harness.load.dialect import Read
 
 _UPKEEP = SECOND // 4
 _AHEAD = SECOND  # connections are opened this long before they are needed

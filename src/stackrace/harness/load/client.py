@@ -4,8 +4,8 @@ import asyncio
 from collections.abc import Callable
 
 from stackrace.harness.clock import now
-from stackrace.harness.connections import Connection
-from stackrace.harness.dialect import Read
+from stackrace.harness.load.connections import Connection
+from stackrace.harness.load.dialect import Read
 
 _LAST_CHUNK = b"\r\n0\r\n\r\n"
 

@@ -8,10 +8,10 @@ import threading
 from collections.abc import Iterator
 from typing import IO
 
-from stackrace.harness import messages
-from stackrace.harness.dialect import Answer, parse
-from stackrace.harness.driver import Capture
 from stackrace.harness.errors import LoadGeneratorDied
+from stackrace.harness.load import messages
+from stackrace.harness.load.dialect import Answer, parse
+from stackrace.harness.load.driver import Capture
 from stackrace.harness.types import Record
 
 
@@ -21,7 +21,7 @@ class LoadGenerator:
     def __init__(self, job: messages.Job) -> None:
         self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (closed in __exit__)
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "stackrace.harness.worker"],
+            [sys.executable, "-m", "stackrace.harness.load.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,

@@ -1,4 +1,4 @@
-"""The load generator's process: python -m stackrace.harness.worker, a job on stdin, captures on stdout.
+"""The load generator's process: python -m stackrace.harness.load.worker, a job on stdin, captures on stdout.
 
 It sends, stamps and passes on; it parses nothing. When stdin closes, it gives up what is in flight and ends.
 """
@@ -14,12 +14,13 @@ from typing import IO
 
 import numpy as np
 
-from stackrace.harness import host, messages
+from stackrace.harness import host
 from stackrace.harness.clock import SECOND, Alarms, now
-from stackrace.harness.connections import Connections
-from stackrace.harness.dialect import request_bytes
-from stackrace.harness.driver import Capture, Driver, Plan
-from stackrace.harness.messages import Health, Job, Message, Started, Tick, WarmedUp
+from stackrace.harness.load import messages
+from stackrace.harness.load.connections import Connections
+from stackrace.harness.load.dialect import request_bytes
+from stackrace.harness.load.driver import Capture, Driver, Plan
+from stackrace.harness.load.messages import Health, Job, Message, Started, Tick, WarmedUp
 from stackrace.harness.schedule import Schedule
 
 _HEARTBEAT = SECOND // 100
