@@ -131,6 +131,7 @@ def test_the_source_hash_sees_content_names_and_new_files(tmp_path):
         (["hardware.load_generator_cores=99"], "hardware.load_generator_cores=99"),
         (["timeouts.stall=0"], "timeouts.stall=0: must be"),
         (["backend=external"], "backend.url is not set"),
+        (["backend=external", "backend.url=http://user:word@h"], "backend.url holds credentials"),
         (["backend=external", "backend.url=ftp://x"], "backend.url='ftp://x'"),
         (["backend=external", "backend.url=http://x", "backend.api_key_env=NO_SUCH_KEY"], "NO_SUCH_KEY is not set"),
         (["backend=mock", "backend.gap=-1"], "backend.gap=-1: must be"),

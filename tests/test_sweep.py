@@ -80,7 +80,7 @@ def wait_for(condition, patience=40.0):
         time.sleep(0.02)
 
 
-LONG = ["-m", "backend=mock", *QUICK, "stop.requests=40", "sweep=s", "arrival.rate=40,10"]  # 1 s, then 4 s
+LONG = ["-m", "backend=mock", *QUICK, "stop.requests=30", "sweep=s", "arrival.rate=60,10"]  # half a second, then 3 s
 
 
 def journal_of_second(tmp_path):
@@ -194,6 +194,14 @@ def test_an_engine_that_dies_in_mid_point_fails_the_point_and_keeps_its_records(
     assert processes_of() == []
 
 
+def test_a_server_that_refuses_everything_fails_the_point_with_its_words(stackrace, tmp_path, processes_of):
+    done = stackrace("bench", *FAST, "backend.error_share=1")
+    assert done.returncode == 1
+    (run,) = runs(tmp_path)
+    assert "every request of the warm-up failed, the first with: HTTP 500: planted by the mock" in run.meta["error"]
+    assert processes_of() == []
+
+
 def test_an_engine_that_never_gives_a_token_times_out(stackrace, tmp_path, processes_of):
     done = stackrace("bench", *FAST, "backend.startup_timeout=0.0001")
     assert done.returncode == 1
@@ -289,9 +297,12 @@ def test_secrets_reach_the_server_but_never_the_disk(stackrace, tmp_path, mock_e
     secret = "s3cr3t-" + "x" * 20
     args = ["bench", "backend=external", f"backend.url={endpoint.url}", "backend.model=mock", "stop.requests=5"]
     args += ["backend.api_key_env=RACE_KEY", "+backend.headers_env.X-Team=RACE_TEAM", "lengths.output.tokens=4"]
+    args += ["+backend.env.HF_TOKEN=${oc.env:RACE_KEY}", "+backend.env.OMP_NUM_THREADS=1"]
     done = stackrace(*args, env={**os.environ, "RACE_KEY": secret, "RACE_TEAM": secret})
     assert done.returncode == 0, done.stderr
-    assert all(r.status == "ok" for r in runs(tmp_path))
+    (run,) = runs(tmp_path)
+    assert run.status == "ok"
+    assert run.config["backend"]["env"] == {"HF_TOKEN": "<redacted>", "OMP_NUM_THREADS": 1}
     for path in (tmp_path / "results").rglob("*"):
         if path.is_file():
             assert secret.encode() not in path.read_bytes(), path

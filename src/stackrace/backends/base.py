@@ -48,7 +48,8 @@ class Backend(ABC):
     def environment(self) -> dict[str, str]:
         """Variables besides those of the harness; kept with the run."""
         # safe path: `python -m` must not put a folder called kernels/ before Hugging Face's package
-        return {"PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1", **self.env}
+        own = {name: str(value) for name, value in self.env.items()}
+        return {"PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1", **own}
 
     def fingerprint(self) -> str:
         """Hash of everything that makes it this engine: settings and version, but neither port nor paths.

@@ -25,6 +25,10 @@ class External(Backend):
         parts = urlsplit(self.url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise UsageError(f"backend.url={self.url!r}: must be http://host:port or https://host")
+        if parts.username or parts.password:
+            raise UsageError(
+                "backend.url holds credentials: name a variable in backend.api_key_env or headers_env instead"
+            )
         for variable in filter(None, [self.api_key_env, *self.headers_env.values()]):
             if not os.environ.get(variable):
                 raise UsageError(f"the environment variable {variable} is not set: export it, or change the backend")

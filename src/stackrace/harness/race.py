@@ -20,6 +20,7 @@ from stackrace.harness.load.generator import LoadGenerator, record
 from stackrace.harness.load.messages import Health, Job, Message, Started, Tick, WarmedUp
 from stackrace.harness.point import Point
 from stackrace.harness.provenance import provenance
+from stackrace.harness.secrets import public, without_secrets
 from stackrace.harness.store import RunWriter
 from stackrace.harness.summary import summarize
 from stackrace.harness.types import Record
@@ -75,7 +76,7 @@ def race(point: Point, garage: Garage, watch: Watch) -> dict[str, Any]:
     """
     host.pin(point.cores.engine)  # parsing and the display must not disturb the load generator
     writer = RunWriter(point.folder)
-    writer.begin(point.config, _meta(point))
+    writer.begin(public(point.config), _meta(point))
     began = now()
     run = _Run(point, writer, watch)
     try:
@@ -145,7 +146,7 @@ class _Run:
         self._writer.update(
             backend={
                 "command": engine.command,
-                "environment": point.backend.environment(),
+                "environment": without_secrets(point.backend.environment()),
                 "version": point.backend.version(),
                 "fingerprint": point.backend.fingerprint(),
             }

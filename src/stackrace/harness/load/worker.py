@@ -18,7 +18,7 @@ from stackrace.harness import host
 from stackrace.harness.clock import SECOND, Alarms, now
 from stackrace.harness.load import messages
 from stackrace.harness.load.connections import Connections
-from stackrace.harness.load.dialect import request_bytes
+from stackrace.harness.load.dialect import parse, request_bytes
 from stackrace.harness.load.driver import Capture, Driver, Plan
 from stackrace.harness.load.messages import Health, Job, Message, Started, Tick, WarmedUp
 from stackrace.harness.schedule import Schedule
@@ -105,16 +105,9 @@ async def _warm_up(
     )
     captures: list[Capture] = []
     await _run_until(Driver(plan, alarms, connections, captures.append), stop)
-    errors = [c.error or _status_error(c) for c in captures]
+    errors = [parse(c.reads).error or c.error for c in captures]
     told = [e for e in errors if e]
     tell(WarmedUp((now() - begin) / SECOND, len(told), told[0] if told else None))
-
-
-def _status_error(capture: Capture) -> str | None:
-    """What a response says that is not a 200."""
-    first = capture.reads[0].data if capture.reads else b""
-    is_fine = first.split(b" ", 2)[1:2] == [b"200"]
-    return None if is_fine else first[:200].decode(errors="replace")
 
 
 def _plan(job: Job, schedule: Schedule, payloads: list[bytes], start: int) -> Plan:
