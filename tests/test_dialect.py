@@ -63,7 +63,6 @@ def test_a_chunk_has_the_time_of_the_read_that_completed_it():
     assert (answer.chunk_times, answer.chunk_tokens, answer.output_ids) == ([0, 2], [1, 2], [1, 2, 3])
     assert answer.done
     assert answer.complete
-    assert answer.keep_alive
     assert answer.error is None
 
 
@@ -103,6 +102,10 @@ def test_cached_tokens_are_kept():
     [
         (b'HTTP/1.1 500 -\r\nContent-Length: 28\r\n\r\n{"error":{"message":"boom"}}', "HTTP 500"),
         (b"HTTP/1.1 404 -\r\nContent-Length: 4\r\n\r\nnope", "HTTP 404: nope"),
+        (b"HTTP/1.1 503 Busy\r\nContent-Length: 0\r\n\r\n", "HTTP 503"),
+        (HEAD + chunked(event(choices=[{"token_ids": ["a"]}])), "bad event"),
+        (HEAD + chunked(event(choices=[{"token_ids": [1 << 40]}])), "bad event"),
+        (HEAD + chunked(event(choices=[{"text": "a"}], usage=usage(1 << 33))), "bad event"),
         (b"SSH-2.0-x\r\n\r\n", "not HTTP"),
         (HEAD + chunked(b"data: {broken\n\n"), "bad event"),
         (HEAD + chunked(b'data: {"error": {"message": "out of pages"}}\n\n'), "error event: out of pages"),
@@ -152,6 +155,24 @@ def test_wherever_the_reads_are_cut_the_same_tokens_come(tokens, cuts, newline, 
     assert answer.done
     ends = _EndOfResponse()
     assert [ends.seen(p) for p in pieces] == [False] * (len(pieces) - 1) + [True]
+
+
+@pytest.mark.parametrize(
+    ("raw", "alive"),
+    [
+        (HEAD + b"1;q=2\r\na\r\n0;last\r\n\r\n", True),
+        (HEAD + b"1\r\na\r\n0\r\nX-Sum: 1\r\nY: 2\r\n\r\n", True),
+        (b"HTTP/1.1 100 Continue\r\n\r\n" + HEAD + b"1\r\na\r\n0\r\n\r\n", True),
+        (b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 2\r\n\r\nab", False),
+        (b"HTTP/1.1 204 No Content\r\nContent-Length: 0\r\n\r\n", True),
+    ],
+)
+@pytest.mark.parametrize("size", [1, 3, 1000])
+def test_the_end_of_a_response_is_seen_without_parsing_it(raw, alive, size):
+    ends = _EndOfResponse()
+    pieces = [raw[i : i + size] for i in range(0, len(raw), size)]
+    assert [ends.seen(p) for p in pieces] == [False] * (len(pieces) - 1) + [True]
+    assert ends.keeps_alive == alive
 
 
 @given(st.binary(max_size=400), st.lists(st.integers(0, 400), max_size=5))

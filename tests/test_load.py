@@ -1,6 +1,8 @@
 """The load generator against servers whose truth is known: the mock, and sockets that misbehave on purpose."""
 
+import asyncio
 import contextlib
+import gc
 import shutil
 import socket
 import ssl
@@ -12,6 +14,12 @@ import numpy as np
 import pytest
 
 from stackrace.harness import records as table
+from stackrace.harness.clock import Alarms, now
+from stackrace.harness.load.client import Exchange
+from stackrace.harness.load.connections import Connections
+from stackrace.harness.load.dialect import request_bytes
+from stackrace.harness.load.driver import Driver, Plan
+from stackrace.harness.load.worker import Heart
 from stackrace.harness.schedule import Schedule
 from stackrace.harness.summary import summarize
 from stackrace.harness.types import Endpoint, Request, Sampling
@@ -138,7 +146,7 @@ def test_silence_is_not_taken_for_a_reset(load, ask):
             receive_request(connection)
             requests.append(number)
             connection.sendall(answer)
-        time.sleep(5)
+        time.sleep(2)
 
     with scripted(handle) as endpoint:
         records, _ = load(endpoint, ask(2, 1), concurrency=1, stall_timeout=0.5)
@@ -230,6 +238,125 @@ def test_a_connection_that_the_server_closed_is_not_used(load, ask):
     with scripted(handle) as endpoint:
         records, _ = load(endpoint, ask(4, 1, due=[0, 0.1, 0.2, 0.3]))
     assert [(r.error, r.reconnected) for r in records] == [(None, 0)] * 4
+
+
+def test_a_name_with_two_addresses_is_reached_on_the_one_that_answers(load, ask, mock_engine):
+    """The mock listens on 127.0.0.1 alone; localhost is ::1 first on many machines."""
+    endpoint = mock_engine("backend.ttft=0.01", "backend.gap=0.0")
+    records, _ = load(Endpoint(endpoint.url.replace("127.0.0.1", "localhost"), "mock"), ask(2, 1))
+    assert [r.error for r in records] == [None, None]
+
+
+def test_a_body_cut_short_by_an_early_answer_spoils_its_connection(load):
+    """The server answers before it has read the request: what is left of the body must not precede the next request."""
+    seen = []
+
+    def handle(connection, number):
+        seen.append(connection.recv(1000)[:4])
+        connection.sendall(b"HTTP/1.1 413 Too Large\r\nContent-Length: 0\r\n\r\n")
+        time.sleep(0.3)
+
+    prompt = tuple(range(1_000_000))
+    requests = tuple(Request(i, prompt, 1, Sampling(0.0, 1.0, 0, 0)) for i in range(2))
+    with scripted(handle) as endpoint:
+        records, _ = load(endpoint, Schedule(requests, (0, 0)), concurrency=1)
+    assert [r.error for r in records] == ["HTTP 413: "] * 2
+    assert seen == [b"POST"] * 2
+    assert [r.reconnected for r in records] == [0, 0]
+
+
+def test_the_slot_is_free_when_the_last_request_ended_not_when_the_client_noticed():
+    """A slow consumer of captures stands for a busy client: what it costs must show as lag, not hide in the slot."""
+
+    def handle(connection, number):
+        while True:
+            receive_request(connection)
+            connection.sendall(STREAM)
+
+    with scripted(handle) as endpoint:
+        captures = drive(endpoint, 4, concurrency=1, on_end=lambda capture: time.sleep(0.02))
+    ends = [c.end for c in captures]
+    assert [c.slot for c in captures[1:]] == ends[:-1]
+
+
+def test_nothing_that_was_received_outlives_its_request_while_the_collector_sleeps():
+    def handle(connection, number):
+        while True:
+            receive_request(connection)
+            connection.sendall(STREAM)
+
+    with scripted(handle) as endpoint:
+        gc.collect()
+        gc.disable()
+        try:
+            drive(endpoint, 50, concurrency=4, on_end=lambda capture: None)
+            alive = sum(isinstance(o, Exchange) for o in gc.get_objects())
+        finally:
+            gc.enable()
+    assert alive == 0
+
+
+def drive(endpoint, n, concurrency, on_end):
+    """Drive n requests in this process; returns the captures."""
+    captures = []
+
+    def keep(capture):
+        captures.append(capture)
+        on_end(capture)
+
+    async def run():
+        alarms, start = Alarms(asyncio.get_running_loop()), now()
+        request = Request(0, (5, 6), 1, Sampling(0.0, 1.0, 0, 0))
+        plan = Plan(
+            payloads=[request_bytes(endpoint, request)] * n,
+            due=[start] * n,
+            is_closed=True,
+            concurrency=concurrency,
+            cutoff=None,
+            drain=0,
+            request_timeout=10**10,
+            stall_timeout=10**10,
+        )
+        connections = Connections(endpoint.url, 5.0)
+        await Driver(plan, alarms, connections, keep).run()
+        alarms.close()
+        connections.close()
+
+    asyncio.run(run())
+    return captures
+
+
+def test_a_blocked_loop_is_late_by_every_beat_that_it_swallowed():
+    """200 ms of every second: about a fifth of the beats is late, and p99 says so."""
+
+    async def run():
+        alarms = Alarms(asyncio.get_running_loop())
+        heart = Heart(alarms)
+        for _ in range(2):
+            await asyncio.sleep(0.8)
+            time.sleep(0.2)
+        await asyncio.sleep(0.05)
+        health = heart.health(0)
+        alarms.close()
+        return health
+
+    health = asyncio.run(run())
+    assert health.loop_lag_p99 == pytest.approx(0.2, abs=0.03)
+    assert health.loop_lag_p50 < 0.01
+
+
+def test_a_failing_callback_does_not_silence_later_alarms():
+    async def run():
+        loop = asyncio.get_running_loop()
+        failures = []
+        loop.set_exception_handler(lambda _, context: failures.append(context["exception"]))
+        alarms = Alarms(loop)
+        alarms.at(now(), lambda: 1 / 0)
+        await alarms.sleep_until(now() + 10_000_000)
+        alarms.close()
+        return failures
+
+    assert [type(f) for f in asyncio.run(asyncio.wait_for(run(), 5))] == [ZeroDivisionError]
 
 
 def test_a_large_prompt_leaves_whole(load):

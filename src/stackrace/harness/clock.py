@@ -68,9 +68,11 @@ class Alarms:
 
     def _run_due(self) -> None:
         heap = self._heap
-        while heap and heap[0][0] <= now():
-            heapq.heappop(heap)[2]()
-        self._arm()
+        try:
+            while heap and heap[0][0] <= now():
+                heapq.heappop(heap)[2]()
+        finally:  # a callback that fails must not silence the others
+            self._arm()
 
     def _arm(self) -> None:
         if not self._heap:

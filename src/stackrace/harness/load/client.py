@@ -1,6 +1,7 @@
 """One request over one connection: send the bytes, keep what comes back with its time, and do nothing else."""
 
 import asyncio
+import re
 from collections.abc import Callable
 
 from stackrace.harness.clock import now
@@ -8,6 +9,8 @@ from stackrace.harness.load.connections import Connection
 from stackrace.harness.load.dialect import Read
 
 _LAST_CHUNK = b"\r\n0\r\n\r\n"
+_LAST_CHUNK_AND_TRAILERS = re.compile(rb"\r\n0+(?:;[^\r\n]*)?\r\n(?:[^\r\n]+\r\n)*\r\n\Z")
+_TAIL_BYTES = 1024  # as much of the end is looked at for a last chunk with extensions or trailers
 
 
 class Exchange:
@@ -38,7 +41,7 @@ class Exchange:
         self.is_reusable = False  # the connection can carry another request
         self.is_reset = False  # the connection broke before any byte of a response
         self._loop = loop
-        self._on_end = on_end
+        self._on_end: Callable[[Exchange], None] | None = on_end
         self._pending = memoryview(payload)
         self._end_of_response = _EndOfResponse()
 
@@ -92,7 +95,7 @@ class Exchange:
                 return
             self.reads.append(read)
             if self._end_of_response.seen(read.data):
-                self.is_reusable = self._end_of_response.keeps_alive
+                self.is_reusable = self._end_of_response.keeps_alive and not self._pending
                 self._finish(None)
                 return
 
@@ -114,7 +117,9 @@ class Exchange:
             self._loop.remove_writer(self.connection.fd)
             if not self.is_reusable:
                 self.connection.close()
-        self._on_end(self)
+        on_end, self._on_end = self._on_end, None  # no cycle: the collector sleeps while the clock runs
+        if on_end is not None:
+            on_end(self)
 
 
 class _EndOfResponse:
@@ -131,11 +136,14 @@ class _EndOfResponse:
 
     def seen(self, data: bytes) -> bool:
         """Whether the response ends with `data`, the next bytes of it."""
-        if self._head is not None:
-            self._head += data
-            head, separator, data = self._head.partition(b"\r\n\r\n")
+        while self._head is not None:
+            head, separator, data = (self._head + data).partition(b"\r\n\r\n")
             if not separator:
+                self._head = head
                 return False
+            self._head = b""
+            if _is_interim(head):
+                continue
             self._read_head(head.lower())
             data = b"\r\n" + data  # so that an empty chunked body ends like any other
             if self._left is not None:
@@ -143,8 +151,12 @@ class _EndOfResponse:
         if self._left is not None:
             self._left -= len(data)
             return self._left <= 0
-        self._tail = (self._tail + data)[-len(_LAST_CHUNK) :] if len(data) < len(_LAST_CHUNK) else data[-7:]
-        return not self.is_at_close and self._tail == _LAST_CHUNK
+        if self.is_at_close:
+            return False
+        self._tail = (self._tail + data)[-_TAIL_BYTES:]
+        if self._tail.endswith(_LAST_CHUNK):
+            return True
+        return self._tail.endswith(b"\r\n\r\n") and _LAST_CHUNK_AND_TRAILERS.search(self._tail) is not None
 
     def _read_head(self, head: bytes) -> None:
         self._head = None
@@ -157,3 +169,8 @@ class _EndOfResponse:
             self._left = int(length)
         else:
             self.is_at_close = True
+
+
+def _is_interim(head: bytes) -> bool:
+    """A 1xx response, which another one follows."""
+    return head.split(b" ", 2)[1:2] != [] and head.split(b" ", 2)[1].startswith(b"1")

@@ -1,7 +1,6 @@
 """Warm connections to one endpoint, unlimited in number, opened off the clock."""
 
 import asyncio
-import contextlib
 import socket
 import ssl
 from collections import deque
@@ -36,9 +35,14 @@ class Connection:
             data, ancillary, _, _ = self.sock.recvmsg(_READ_BYTES, _ANCILLARY_BYTES)
             return [Read(now(), ancillary, data)]
         reads: list[Read] = []
-        with contextlib.suppress(ssl.SSLWantReadError, ssl.SSLWantWriteError):
+        try:
             while not reads or reads[-1].data:  # what TLS has decrypted does not wake the loop again
                 reads.append(Read(now(), [], self.sock.recv(_READ_BYTES)))
+        except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            pass
+        except OSError:
+            if not reads:  # else what came is kept first; the next call fails again
+                raise
         return reads
 
     def send(self, data: memoryview) -> int:
@@ -79,13 +83,23 @@ class Connections:
         self._address: tuple[socket.AddressFamily, tuple[object, ...]] | None = None
 
     async def resolve(self) -> None:
-        """Look the host up, once and off the clock."""
+        """Look the host up, once and off the clock, and settle on the first of its addresses that answers."""
         loop = asyncio.get_running_loop()
         try:
             found = await loop.getaddrinfo(self._host, self._port, type=socket.SOCK_STREAM)
         except OSError as e:
             raise UsageError(f"cannot resolve {self._host!r} ({e}): check the backend's URL") from None
         self._address = found[0][0], found[0][4]
+        for family, _, _, _, address in found if len(found) > 1 else []:  # nobody may listen on some of them
+            with socket.socket(family, socket.SOCK_STREAM) as trial:
+                trial.setblocking(False)
+                try:
+                    async with asyncio.timeout(self._timeout):
+                        await loop.sock_connect(trial, address)
+                except OSError:
+                    continue
+                self._address = family, address
+                return
 
     async def open(self) -> Connection:
         """A new connection. OSError where the server refuses."""

@@ -11,6 +11,8 @@ import orjson
 from stackrace.harness.errors import ProtocolError
 from stackrace.harness.types import Endpoint, Request
 
+_LARGEST = (1 << 31) - 1  # token id or token count
+
 
 class Read(NamedTuple):
     """One recvmsg: nanoseconds of the user-space stamp, ancillary data, bytes."""
@@ -25,7 +27,6 @@ class Answer:
     """What a response said. Times are the stamps of the reads that completed each event."""
 
     status: int = 0
-    keep_alive: bool = False
     complete: bool = False  # the HTTP message reached its end
     done: bool = False  # data: [DONE] was seen
     chunk_times: list[int] = field(default_factory=list)
@@ -93,7 +94,7 @@ class _Parser:
                     break
                 self._fail(f"not HTTP: {e}: {read.data[:80]!r}")
                 break
-        if self._body and self._answer.error is None:
+        if self._body or self._answer.status not in (0, 200):
             self._fail(_plain_error(self._answer.status, bytes(self._body)))
         return self._answer
 
@@ -113,7 +114,6 @@ class _Parser:
 
     def on_message_complete(self) -> None:
         self._answer.complete = True
-        self._answer.keep_alive = self._http.should_keep_alive()
 
     def _on_event(self, payload: bytes) -> None:
         if payload == b"[DONE]":
@@ -139,7 +139,7 @@ class _Parser:
         answer.chunk_times.append(self._stamp)
         answer.chunk_tokens.append(tokens)
         for choice in event["choices"]:
-            answer.output_ids += choice.get("token_ids") or ()
+            answer.output_ids += _ids(choice)
 
     def _fail(self, message: str) -> None:
         if self._answer.error is None:
@@ -177,12 +177,19 @@ def _tokens_of(event: dict[str, Any], before: int, after: int | None) -> tuple[i
     """Tokens that an event brought, and what says so: its ids, the running usage, or failing both its text."""
     choices = event.get("choices") or []
     if any(choice.get("token_ids") is not None for choice in choices):
-        return sum(len(choice.get("token_ids") or ()) for choice in choices), "ids"
+        return sum(len(_ids(choice)) for choice in choices), "ids"
     if not choices:
         return 0, "usage"
     if event.get("usage") and after is not None:
         return after - before, "usage"
     return sum(bool(_text(choice)) for choice in choices), "text"
+
+
+def _ids(choice: dict[str, Any]) -> list[int]:
+    ids = choice.get("token_ids") or []
+    if not all(isinstance(i, int) and 0 <= i <= _LARGEST for i in ids):
+        raise ProtocolError(f"token_ids are {ids!r:.60}")
+    return list(ids)
 
 
 def _text(choice: dict[str, Any]) -> str:
@@ -203,7 +210,7 @@ def _count(fields: dict[str, Any], name: str, before: int | None) -> int | None:
     value = fields.get(name)
     if value is None:
         return before
-    if not isinstance(value, int) or value < 0:
+    if not isinstance(value, int) or not 0 <= value <= _LARGEST:
         raise ProtocolError(f"{name} is {value!r}")
     return value
 

@@ -27,7 +27,7 @@ class Plan:
     concurrency: int | None
     cutoff: int | None  # nothing is sent from here on
     drain: int  # nanoseconds that what is in flight at the cutoff is still waited for
-    request_timeout: int  # nanoseconds from due
+    request_timeout: int  # nanoseconds from when it was let go
     stall_timeout: int  # nanoseconds without a byte
 
 
@@ -52,6 +52,7 @@ class _Flight:
     due: int
     slot: int
     exchange: Exchange | None = None
+    sent: int | None = None  # the first send()
     reconnected: int = 0
     censored: bool = False
 
@@ -89,11 +90,15 @@ class Driver:
         if plan.cutoff is not None:
             self._alarms.at(plan.cutoff, self._stop_sending)
             self._alarms.at(plan.cutoff + plan.drain, self.abort)
-        upkeep = asyncio.create_task(self._upkeep())
+        chores = [asyncio.create_task(self._expire_late_ones()), asyncio.create_task(self._keep_connections_ready())]
         try:
-            await self._over
+            await asyncio.wait([self._over, *chores], return_when=asyncio.FIRST_COMPLETED)
+            for chore in chores:
+                if chore.done():  # only by failing
+                    chore.result()
         finally:
-            upkeep.cancel()
+            for chore in chores:
+                chore.cancel()
 
     def abort(self) -> None:
         """End now: what is in flight, or due and waiting for a slot, is censored."""
@@ -159,8 +164,10 @@ class Driver:
         if exchange.is_reusable and connection is not None:
             self._connections.give_back(connection)
         is_stale = exchange.is_reset and connection is not None and connection.used
+        flight.sent = exchange.sent if flight.sent is None else flight.sent
         if is_stale and not flight.reconnected and not flight.censored:
             flight.reconnected += 1
+            flight.exchange = None
             self._send(flight)
             return
         self._land(flight, exchange.error)
@@ -168,27 +175,29 @@ class Driver:
     def _land(self, flight: _Flight, error: str | None) -> None:
         self._flights.discard(flight)
         e = flight.exchange
+        end = e.end if e and e.end is not None else now()
+        self._fill_slots(end)  # first: what follows takes time, and is the client's
         self._on_end(
             Capture(
                 position=flight.position,
                 due=flight.due,
                 slot=flight.slot,
-                sent=e.sent if e else None,
+                sent=flight.sent,
                 body_sent=e.body_sent if e else None,
-                end=e.end if e and e.end is not None else now(),
+                end=end,
                 reconnected=flight.reconnected,
                 censored=flight.censored,
                 error=error,
                 reads=e.reads if e else [],
             )
         )
-        self._fill_slots()
         self._finish_if_over()
 
-    def _fill_slots(self) -> None:
+    def _fill_slots(self, freed: int) -> None:
+        """Let go what waits. A slot is free from when its last request ended, however late we notice."""
         while self._waiting and not self._stopped and self._has_slot():
             index, due = self._waiting.popleft()
-            slot = now()
+            slot = max(freed, due or 0)
             self._let_go(index, slot if due is None else due, slot)
 
     def _stop_sending(self) -> None:
@@ -207,10 +216,14 @@ class Driver:
         if is_all_due and not self._waiting and not self._flights and not self._over.done():
             self._over.set_result(None)
 
-    async def _upkeep(self) -> None:
+    async def _expire_late_ones(self) -> None:
         while True:
             await self._alarms.sleep_until(now() + _UPKEEP)
             self._expire(now())
+
+    async def _keep_connections_ready(self) -> None:
+        while True:
+            await self._alarms.sleep_until(now() + _UPKEEP)
             await self._connections.keep_ready(self._connections_needed(now()))
 
     def _connections_needed(self, time: int) -> int:
@@ -229,5 +242,5 @@ class Driver:
             quiet_since = flight.exchange.last_activity or time
             if time - quiet_since > plan.stall_timeout:
                 flight.exchange.give_up(f"no byte for {plan.stall_timeout / SECOND:g} s (timeouts.stall)")
-            elif time - flight.due > plan.request_timeout:
+            elif time - flight.slot > plan.request_timeout:
                 flight.exchange.give_up(f"not done after {plan.request_timeout / SECOND:g} s (timeouts.request)")

@@ -10,7 +10,7 @@ import resource
 import sys
 from bisect import bisect_right
 from collections.abc import Callable
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 
@@ -48,7 +48,7 @@ class Heart:
 
     def _beat(self) -> None:
         self._late.append(now() - self._next)
-        self._next = max(self._next + _HEARTBEAT, now())
+        self._next += _HEARTBEAT  # never re-anchored: each beat that a long block swallowed is late by its own share
         self._alarms.at(self._next, self._beat)
 
 
@@ -178,12 +178,23 @@ class _Closing(asyncio.Protocol):
 
 async def _serve_parent(job: Job, out: IO[bytes]) -> None:
     loop = asyncio.get_running_loop()
-    stop, flushed = loop.create_future(), loop.create_future()
+    stop, flushed, broken = loop.create_future(), loop.create_future(), loop.create_future()
+    loop.set_exception_handler(lambda _, context: _break(broken, context))
     await loop.connect_read_pipe(lambda: _Closing(stop), sys.stdin)
     transport, _ = await loop.connect_write_pipe(lambda: _Closing(flushed), out)
-    await work(job, _Outbox(transport).tell, stop)
+    working = asyncio.ensure_future(work(job, _Outbox(transport).tell, stop))
+    await asyncio.wait([working, broken], return_when=asyncio.FIRST_COMPLETED)
+    if broken.done():
+        broken.result()
+    await working
     transport.close()  # writes what is left first
     await flushed
+
+
+def _break(broken: "asyncio.Future[None]", context: dict[str, Any]) -> None:
+    """A callback failed: a race that goes on without it would be wrong in silence."""
+    if not broken.done():
+        broken.set_exception(context.get("exception") or RuntimeError(context["message"]))
 
 
 def main() -> None:
