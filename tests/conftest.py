@@ -60,7 +60,7 @@ def processes_of(tmp_path):
         deadline = time.monotonic() + patience
         while touching() and time.monotonic() < deadline:
             time.sleep(0.05)
-        return [" ".join(p.cmdline()) for p in touching() if p.is_running()]
+        return [" ".join(p.info["cmdline"] or []) for p in touching()]
 
     left.now = touching
     return left

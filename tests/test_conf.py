@@ -45,7 +45,7 @@ def test_every_experiment_plans(compose, models, experiment):
     assert next(iter(params)) in ("backend", "model"), "the engine must vary slowest"
     for overrides in first_and_last(params):
         point = plan(compose(f"experiment={experiment}", models, *overrides))
-        assert point.schedule.requests
+        assert point.due
         assert point.folder.parts[:2] == ("results", experiment)
 
 
@@ -53,7 +53,7 @@ def test_every_experiment_plans(compose, models, experiment):
 def test_every_option_plans(compose, models, group, option):
     overrides = ["concurrency=2"] if option == "immediate" else []
     overrides += ["hardware.load_generator_cores=1"] if option == "h200" else []
-    assert plan(compose(f"{group}={option}", models, *overrides)).schedule.requests
+    assert plan(compose(f"{group}={option}", models, *overrides)).due
 
 
 def test_the_engine_backends_plan(compose, models):
@@ -74,7 +74,9 @@ def test_components_carry_no_defaults():
             module, name = line.split(":")[1].strip().rsplit(".", 1)
             target = getattr(importlib.import_module(module), name)
             if dataclasses.is_dataclass(target):
-                with_default = [f.name for f in dataclasses.fields(target) if f.default is not dataclasses.MISSING]
+                none = dataclasses.MISSING
+                fields = dataclasses.fields(target)
+                with_default = [f.name for f in fields if f.default is not none or f.default_factory is not none]
                 assert not with_default, f"{path}: {with_default}"
 
 
@@ -86,7 +88,8 @@ def test_the_key_changes_with_whatever_changes_the_result(compose, models, tmp_p
     base = key_of(compose, models)
     for change in ("seed=1", "repeat=1", "arrival.rate=9", "backend.ttft=0.06", "concurrency=3", "stop.requests=9"):
         assert key_of(compose, models, change) != base, change
-    for change in ("results=elsewhere", "sweep=other", "backend.port=0", "backend.startup_timeout=5"):
+    same = ("results=elsewhere", "sweep=other", "backend.port=0", "backend.startup_timeout=5")
+    for change in (*same, "hardware.roofs.bf16_flops=1e12"):
         assert key_of(compose, models, change) == base, change
     assert key_of(compose, f"models={tmp_path / 'elsewhere'}") == base
 
@@ -129,6 +132,12 @@ def test_the_source_hash_sees_content_names_and_new_files(tmp_path):
         (["backend.attention=flash"], "backend.attention='flash': must be mla or mha"),
         (["backend.max_num_seqs=0"], "backend.max_num_seqs=0: must be"),
         (["hardware.load_generator_cores=99"], "hardware.load_generator_cores=99"),
+        (["hardware.load_generator_cores=0"], "hardware.load_generator_cores=0: must be"),
+        (["hardware.load_generator_cores=two"], "hardware.load_generator_cores='two': must be"),
+        (["hardware.engine_cores=0"], "hardware.engine_cores=0: must be"),
+        (["validity.lag_p99=null"], "validity.lag_p99=None: must be"),
+        (["validity.lag_p99.suspect=late"], "validity.lag_p99.suspect='late': must be"),
+        (["backend.startup_timeout=abc"], "backend.startup_timeout='abc': must be"),
         (["timeouts.stall=0"], "timeouts.stall=0: must be"),
         (["backend=external"], "backend.url is not set"),
         (["backend=external", "backend.url=http://user:word@h"], "backend.url holds credentials"),

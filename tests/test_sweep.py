@@ -1,12 +1,16 @@
 """The real command, end to end over the mock: sweeps, resume, kills, stacks that cannot start, bad input."""
 
+import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pytest
 
@@ -233,6 +237,8 @@ def test_a_full_disk_is_said_and_leaves_nothing_running(tmp_path, processes_of):
 
 
 BAD = [
+    (["bench", "results=/dev/null/x", "backend=mock"], "/dev/null/x"),
+    (["model", "make", "tiny", "--out", "/proc/x"], "/proc/x"),
     (["bench", "backend=nonesuch"], "nonesuch"),
     (["bench", "backend=mock", "arrival.rate=-1"], "arrival.rate=-1"),
     (["bench", "lengths.input.tokens=9999"], "exceed model.max_model_len=4096"),
@@ -259,8 +265,6 @@ def test_bad_input_is_one_line_and_exit_code_2(stackrace, tmp_path, args, words)
 
 
 def test_a_port_in_use_is_refused(stackrace, tmp_path):
-    import socket
-
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         done = stackrace("bench", *FAST, f"backend.port={port}")
@@ -290,6 +294,80 @@ def test_results_of_a_newer_schema_are_refused(stackrace, tmp_path):
         assert f"schema version {store.SCHEMA_VERSION + 1}" in done.stderr
         assert "upgrade stackrace" in done.stderr
         assert done.stderr.count("\n") == 1
+
+
+def test_sweep_order_launches_each_engine_once_whatever_is_swept(stackrace, tmp_path):
+    """The engine varies fastest on the command line, repeats slowest in the run."""
+    args = ["-m", *FAST, "stop.requests=4", "repeat=0,1", "arrival.rate=40,80", "backend.ttft=0.01,0.02", "sweep=s"]
+    done = stackrace("bench", *args)
+    assert done.returncode == 0, done.stderr
+    ran = sorted(runs(tmp_path, "s"), key=lambda r: r.meta["started_at"])
+    engines = [(r.config["repeat"], r.config["backend"]["ttft"]) for r in ran]
+    assert engines == [(0, 0.01)] * 2 + [(0, 0.02)] * 2 + [(1, 0.01)] * 2 + [(1, 0.02)] * 2
+    ports = [r.meta["backend"]["command"][4] for r in ran]
+    assert len(set(ports)) == 4
+    assert all(ports[i] == ports[i + 1] for i in range(0, 8, 2))
+
+
+def test_a_port_of_ones_own_is_kept_over_a_sweep(stackrace, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    args = ["-m", *FAST, "stop.requests=4", "arrival.rate=40,80", f"backend.port={port}"]
+    for launcher in ("stackrace", "basic"):
+        done = stackrace("bench", *args, f"hydra/launcher={launcher}", f"sweep={launcher}")
+        assert done.returncode == 0, done.stderr
+        assert statuses(tmp_path, launcher) == ["ok", "ok"]
+
+
+def test_a_proxy_of_the_environment_is_not_used(stackrace, tmp_path):
+    env = {**os.environ, "http_proxy": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9"}
+    assert stackrace("bench", *FAST, "backend.startup_timeout=20", env=env).returncode == 0
+
+
+def test_a_server_that_repeats_the_key_does_not_get_it_onto_the_disk(tmp_path, stackrace):
+    class Echo(BaseHTTPRequestHandler):
+        def do_POST(self):
+            self.rfile.read(int(self.headers["Content-Length"]))
+            said = f"Incorrect API key provided: {self.headers['Authorization']}".encode()
+            self.send_response(401)
+            self.send_header("Content-Length", str(len(said)))
+            self.end_headers()
+            self.wfile.write(said)
+
+        def log_message(self, *args):
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Echo) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        args = ["bench", "backend=external", f"backend.url={url}", "backend.model=m", "backend.api_key_env=RACE_KEY"]
+        done = stackrace(*args, env={**os.environ, "RACE_KEY": "sk-12345678"})
+        server.shutdown()
+    assert done.returncode == 1
+    assert "Incorrect API key provided: ***" in runs(tmp_path)[0].meta["error"]
+    assert "sk-12345678" not in done.stderr + done.stdout
+    for path in (tmp_path / "results").rglob("*"):
+        assert not path.is_file() or b"sk-12345678" not in path.read_bytes(), path
+
+
+def test_something_that_is_no_http_server_is_told_apart(stackrace, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as ssh:
+
+        def greet():
+            with contextlib.suppress(OSError):
+                while True:
+                    connection, _ = ssh.accept()
+                    connection.sendall(b"SSH-2.0-none\r\n")
+                    connection.close()
+
+        Thread(target=greet, daemon=True).start()
+        url = f"http://127.0.0.1:{ssh.getsockname()[1]}"
+        args = ["backend=external", f"backend.url={url}", "backend.model=m", "backend.startup_timeout=1"]
+        done = stackrace("bench", *args)
+        ssh.shutdown(socket.SHUT_RDWR)
+    assert done.returncode == 1
+    assert f"is there a server at {url}?" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_secrets_reach_the_server_but_never_the_disk(stackrace, tmp_path, mock_engine):

@@ -1,7 +1,7 @@
 """Hydra's launcher for `stackrace bench -m`: checks every point before the first one runs, survives failed ones.
 
 Hydra finds launchers by the name of this namespace package. Any other launcher (joblib, submitit, ray) still works:
-then each process plans its own points.
+then each process plans its own points, and prints no closing table.
 """
 
 import copy
@@ -28,9 +28,9 @@ class StackraceLauncher(Launcher):
         from stackrace.harness.sweep import Sweep
 
         configs = [self._compose(overrides, initial_job_idx + i) for i, overrides in enumerate(job_overrides)]
-        if Sweep.active is not None:
-            Sweep.active.expect(_without_hydra(c) for c in configs)
-        return [self._run(config) for config in configs]
+        order = Sweep.active.expect(_without_hydra(c) for c in configs) if Sweep.active else range(len(configs))
+        done = {i: self._run(configs[i]) for i in order}
+        return [done[i] for i in range(len(configs))]
 
     def _compose(self, overrides: Sequence[str], number: int) -> DictConfig:
         config = self._context.config_loader.load_sweep_config(self._config, list(overrides))

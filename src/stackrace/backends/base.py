@@ -42,6 +42,12 @@ class Backend(ABC):
     def check(self) -> None:
         """Raise a UsageError if it cannot be started on this machine; called before anything runs."""
         require("backend.port", self.port, int, lambda v: 0 <= v < 65536, "a port, or 0 for any free one")
+        for name in ("startup_timeout", "stop_grace"):
+            seconds = getattr(self, name)
+            require(f"backend.{name}", seconds, (int, float), lambda v: v > 0, "a number of seconds above 0")
+
+    def check_port(self) -> None:
+        """Raise a UsageError if the port that was asked for is taken; called while none of our engines runs."""
         if self.port and not _is_free(self.port):
             raise UsageError(f"backend.port={self.port} is in use: stop what listens there, or set backend.port=0")
 
@@ -65,7 +71,7 @@ class Backend(ABC):
 
         Raises EngineDied or EngineTimeout; then nothing is left running.
         """
-        self.check()
+        self.check_port()
         at = Placement(folder=folder.resolve(), cores=cores, port=self.port or _free_port())
         endpoint = Endpoint(f"http://127.0.0.1:{at.port}", self.model, {}, self.extra_body, self.omit)
         engine = Engine(self.name, self.command(at), self.environment(), at, self.stop_grace, endpoint)

@@ -22,12 +22,14 @@ class External(Backend):
 
     def check(self) -> None:
         """URL well formed and every variable set."""
+        super().check()
         parts = urlsplit(self.url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise UsageError(f"backend.url={self.url!r}: must be http://host:port or https://host")
-        if parts.username or parts.password:
+        if parts.username or parts.password or parts.query or parts.fragment:
             raise UsageError(
-                "backend.url holds credentials: name a variable in backend.api_key_env or headers_env instead"
+                "backend.url holds credentials, a query or a fragment: give the bare URL, "
+                "and secrets by the names of their variables in backend.api_key_env or backend.headers_env"
             )
         for variable in filter(None, [self.api_key_env, *self.headers_env.values()]):
             if not os.environ.get(variable):
@@ -43,8 +45,9 @@ class External(Backend):
 
     def start(self, folder: Path, cores: tuple[int, ...]) -> Engine:
         """Attach once it gives a token."""
-        self.check()
-        return Attached(self.name, self.endpoint(), self.startup_timeout)
+        engine = Attached(self.name, self.endpoint())
+        engine.wait_for_token(self.startup_timeout)
+        return engine
 
     def endpoint(self) -> Endpoint:
         """With the headers, secrets among them."""

@@ -36,6 +36,11 @@ class Garage:
         self._running = key, engine
         return engine
 
+    @property
+    def is_busy(self) -> bool:
+        """An engine of ours is running."""
+        return self._running is not None
+
     def close(self) -> None:
         """Stop what is running."""
         if self._running is not None:

@@ -145,7 +145,8 @@ class _Connection(asyncio.Protocol):
 
     def _complete(self, body: dict[str, Any], arrived: int) -> None:
         if not body.get("stream"):
-            self._reply(200, {"choices": [{"index": 0, "text": " t", "finish_reason": "length"}]})
+            usage = {"prompt_tokens": len(body["prompt"]), "completion_tokens": 1}
+            self._reply(200, {"choices": [{"index": 0, "text": " t", "finish_reason": "length"}], "usage": usage})
         elif self._rng.random() < self._behaviour.error_share:
             self._reply(500, {"error": {"message": "planted by the mock", "type": "server_error"}})
         else:

@@ -1,5 +1,6 @@
 """A running engine: its process, its log, its first token, its end."""
 
+import http.client
 import json
 import os
 import subprocess
@@ -46,6 +47,7 @@ class Engine:
         self.log = at.folder / "server.log"
         self._grace = grace
         guardian = [sys.executable, "-m", "stackrace.backends.guardian"]
+        self._log_from = self.log.stat().st_size if self.log.exists() else 0
         with self.log.open("ab") as log:
             self._guardian = subprocess.Popen(
                 [*guardian, str(grace), ",".join(map(str, at.cores)), *command],
@@ -65,20 +67,23 @@ class Engine:
             raise EngineDied(f"{self.name} exited with {code}; its last lines:\n{self.log_tail()}")
 
     def wait_for_token(self, timeout: float) -> None:
-        """Return when it has generated a token."""
+        """Return when it has generated a token. Raises EngineDied, or EngineTimeout after `timeout` seconds."""
         deadline = time.monotonic() + timeout
-        while not has_token(self.endpoint, timeout):
+        while not has_token(self.endpoint, deadline - time.monotonic()):
             self.check_alive()
             if time.monotonic() > deadline:
+                tail = self.log_tail()
                 raise EngineTimeout(
-                    f"{self.name} gave no token within backend.startup_timeout={timeout:g} s; "
-                    f"its last lines:\n{self.log_tail()}"
+                    f"{self.name} gave no token within backend.startup_timeout={timeout:g} s"
+                    + (f"; its last lines:\n{tail}" if tail else f": is there a server at {self.endpoint.url}?")
                 )
             time.sleep(_POLL)
 
     def log_tail(self) -> str:
-        """The last lines that it printed."""
-        return "\n".join(self.log.read_text(errors="replace").splitlines()[-_LOG_LINES:])
+        """The last lines that it has printed since it was launched."""
+        with self.log.open("rb") as log:
+            log.seek(self._log_from)
+            return "\n".join(log.read().decode(errors="replace").splitlines()[-_LOG_LINES:])
 
     def stop(self) -> None:
         """End it; returns when no process of it is left."""
@@ -94,16 +99,12 @@ class Engine:
 class Attached(Engine):
     """An engine that somebody else runs: never launched nor stopped."""
 
-    def __init__(self, name: str, endpoint: Endpoint, timeout: float) -> None:
-        """Raises EngineTimeout if it gives no token now."""
+    def __init__(self, name: str, endpoint: Endpoint) -> None:
         self.name = name
         self.command = []
         self.endpoint = endpoint
         self.log = Path(os.devnull)
-        if not has_token(endpoint, timeout):
-            raise EngineTimeout(
-                f"{endpoint.url} gave no token: start the server, or check backend.url and backend.model"
-            )
+        self._log_from = 0
 
     def check_alive(self) -> None:
         """Nothing of ours to look at."""
@@ -118,14 +119,25 @@ def has_token(endpoint: Endpoint, timeout: float) -> bool:
     Raises EngineError if it answers that it never will (a 4xx other than 408 and 429).
     """
     body = {"model": endpoint.model, "prompt": [4, 5], "max_tokens": 1, "temperature": 0, **endpoint.extra_body}
+    content = json.dumps({k: v for k, v in body.items() if k not in endpoint.omit}).encode()
     headers = {"Content-Type": "application/json", **endpoint.headers}
-    request = urllib.request.Request(f"{endpoint.url.rstrip('/')}/v1/completions", json.dumps(body).encode(), headers)
+    request = urllib.request.Request(f"{endpoint.url.rstrip('/')}/v1/completions", content, headers)
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # the load generator knows no proxy either
     try:
-        with urllib.request.urlopen(request, timeout=timeout) as response:
-            return bool(json.load(response).get("choices"))
+        with direct.open(request, timeout=max(timeout, _POLL)) as response:
+            return _brought_token(json.load(response))
     except urllib.error.HTTPError as e:
         if 400 <= e.code < 500 and e.code not in (408, 429):
-            raise EngineError(f"{endpoint.url} refuses a plain completion: HTTP {e.code}: {e.read()[:300]!r}") from None
+            said = endpoint.scrub(e.read().decode(errors="replace")[:300])
+            raise EngineError(f"{endpoint.url} refuses a plain completion: HTTP {e.code}: {said}") from None
         return False
-    except (OSError, ValueError):
+    except (OSError, ValueError, http.client.HTTPException):
         return False
+
+
+def _brought_token(answer: object) -> bool:
+    """By its usage, else by its text."""
+    if not isinstance(answer, dict) or not answer.get("choices"):
+        return False
+    tokens = (answer.get("usage") or {}).get("completion_tokens")
+    return bool(answer["choices"][0].get("text") if tokens is None else tokens)

@@ -5,6 +5,7 @@ import sys
 from typing import Any
 
 import hydra
+import yaml
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
@@ -28,8 +29,12 @@ def bench(args: list[str]) -> int:
     with Sweep(Progress(notes)) as sweep:
         try:
             _main()
-        except (HydraException, OmegaConfBaseException) as e:
+        except (HydraException, OmegaConfBaseException, yaml.YAMLError) as e:
             raise UsageError(" ".join(str(e).split())) from None
+        except OSError as e:
+            if sweep.points:
+                raise
+            raise UsageError(f"cannot begin: {e}") from None
         except KeyboardInterrupt:
             notes.print("interrupted: what was finished is kept, the same command goes on from there")
             return 130

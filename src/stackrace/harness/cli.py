@@ -86,10 +86,12 @@ def main() -> None:
         _complain(e, 2)
     except StackraceError as e:
         _complain(e, 1)
+    except OSError as e:
+        _complain(e, 1)
     except KeyboardInterrupt:
         sys.exit(130)
 
 
-def _complain(error: StackraceError, code: int) -> None:
+def _complain(error: Exception, code: int) -> None:
     print(f"stackrace: {error}", file=sys.stderr)
     sys.exit(code)

@@ -16,7 +16,10 @@ def make(name: str, seed: int, out: Path | None, device: str) -> str:
         raise UsageError(f"no model {name!r}: choose one of {', '.join(sorted(known))}, or add conf/model/{name}.yaml")
     model = yaml.safe_load(known[name].read_text())
     path = out or Path("models", f"{name}-seed{seed}")
-    checkpoint.make(model["config"], path, seed, model["shard_bytes"], device)
+    try:
+        checkpoint.make(model["config"], path, seed, model["shard_bytes"], device)
+    except OSError as e:
+        raise UsageError(f"cannot write {path}: {e.strerror or e}: give another --out") from None
     return inspect(path)
 
 

@@ -15,9 +15,11 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from stackrace.backends import checkpoint
 from stackrace.backends.base import Backend
 from stackrace.harness import host, schedule
-from stackrace.harness.errors import UsageError, require
+from stackrace.harness.clock import SECOND
+from stackrace.harness.errors import PointFailed, UsageError, require
 from stackrace.harness.schedule import Schedule
 from stackrace.harness.summary import parse_slo
+from stackrace.harness.types import Workload
 from stackrace.workloads.arrivals import Immediate
 
 _PATHS = ("models", "results", "sweep")
@@ -30,10 +32,14 @@ class Point:
 
     config: dict[str, Any]  # resolved
     backend: Backend
-    schedule: Schedule
-    warmup: Schedule
-    cores: host.Cores
+    version: str  # of the backend, and its fingerprint, as they were when this was planned
+    fingerprint: str
     weights: str | None  # identity of the checkpoint
+    cores: host.Cores
+    schedule_hash: str
+    due: tuple[int, ...]  # nanoseconds after the start
+    input_tokens: float  # mean of a request
+    output_tokens: float
     key: str
 
     @property
@@ -49,11 +55,22 @@ class Point:
     @property
     def seconds(self) -> float:
         """About how long the schedule asks; 0 for a closed loop, which nobody knows before."""
-        return self.config["stop"]["seconds"] or self.schedule.due[-1] / 1e9
+        return float(self.config["stop"]["seconds"] or self.due[-1] / SECOND)
+
+    def schedule(self) -> Schedule:
+        """Drawn again, since a sweep's prompts together could fill the memory. PointFailed if it came out different."""
+        drawn = _draw(self.config)
+        if drawn.hash != self.schedule_hash:
+            raise PointFailed("the workload draws another schedule each time: it must draw from the rng it is given")
+        return drawn
+
+    def warmup(self) -> Schedule:
+        """Other prompts of the same workload."""
+        seed, requests = self.config["seed"] + _WARMUP_SEED, self.config["warmup"]["requests"]
+        return schedule.draw(_workload(self.config), Immediate(), seed, requests, None)
 
     def labels(self) -> dict[str, Any]:
         """What tells it from the other points of a sweep."""
-        requests = self.schedule.requests
         return {
             "stack": self.backend.name,
             "model": self.config["model"]["name"],
@@ -61,8 +78,8 @@ class Point:
             "arrival": self.config["arrival"]["name"],
             "rate": self.config["arrival"].get("rate"),
             "concurrency": self.config["concurrency"],
-            "input_tokens": sum(len(r.prompt) for r in requests) / len(requests),
-            "output_tokens": sum(r.output_tokens for r in requests) / len(requests),
+            "input_tokens": self.input_tokens,
+            "output_tokens": self.output_tokens,
             "repeat": self.config["repeat"],
         }
 
@@ -75,17 +92,24 @@ def plan(cfg: DictConfig) -> Point:
     backend: Backend = _build(config["backend"])
     backend.check()
     weights = _weights(backend, config["model"])
-    workload, arrival = _build(config["workload"], "name"), _build(config["arrival"], "name")
-    stop = config["stop"]
-    if stop["requests"] is None and (stop["seconds"] is None or isinstance(arrival, Immediate)):
-        raise UsageError("stop.requests=null: without it a closed loop, or a run without stop.seconds, has no end")
-    race = schedule.draw(workload, arrival, config["seed"], stop["requests"], stop["seconds"])
-    warmup = schedule.draw(workload, Immediate(), config["seed"] + _WARMUP_SEED, config["warmup"]["requests"], None)
+    race = _draw(config)
     _check_lengths(race, backend)
-    hardware = config["hardware"]
-    cores = host.split_cores(hardware["load_generator_cores"], hardware["engine_cores"])
-    key = _key(config, backend, weights, race, cores)
-    return Point(config=config, backend=backend, schedule=race, warmup=warmup, cores=cores, weights=weights, key=key)
+    cores = _cores(config)
+    fingerprint = backend.fingerprint()
+    n = len(race.requests)
+    return Point(
+        config=config,
+        backend=backend,
+        version=backend.version(),
+        fingerprint=fingerprint,
+        weights=weights,
+        cores=cores,
+        schedule_hash=race.hash,
+        due=race.due,
+        input_tokens=sum(len(r.prompt) for r in race.requests) / n,
+        output_tokens=sum(r.output_tokens for r in race.requests) / n,
+        key=_key(config, fingerprint, weights, race.hash, cores),
+    )
 
 
 def build_backend(cfg: DictConfig) -> tuple[Backend, host.Cores]:
@@ -94,8 +118,7 @@ def build_backend(cfg: DictConfig) -> tuple[Backend, host.Cores]:
     backend: Backend = _build(config["backend"])
     backend.check()
     _weights(backend, config["model"])
-    hardware = config["hardware"]
-    return backend, host.split_cores(hardware["load_generator_cores"], hardware["engine_cores"])
+    return backend, _cores(config)
 
 
 def _resolve(cfg: DictConfig) -> dict[str, Any]:
@@ -121,8 +144,35 @@ def _check_numbers(config: Mapping[str, Any]) -> None:
     require("stop.drain", config["stop"]["drain"], number, lambda v: v >= 0, "a number of seconds")
     require("warmup.requests", config["warmup"]["requests"], int, lambda v: v > 0, "a whole number above 0")
     require("warmup.concurrency", config["warmup"]["concurrency"], int, lambda v: v > 0, "a whole number above 0")
+    for name, limits in config["validity"].items():
+        wanted = "a mapping of suspect and invalid"
+        require(f"validity.{name}", limits, dict, lambda v: {"suspect", "invalid"} == set(v), wanted)
+        for grade, limit in limits.items():
+            if limit is not None:
+                require(f"validity.{name}.{grade}", limit, number, lambda v: v >= 0, "a number, 0 or more, or null")
     for name, value in config["timeouts"].items():
         require(f"timeouts.{name}", value, number, lambda v: v > 0, "a number of seconds above 0")
+
+
+def _draw(config: Mapping[str, Any]) -> Schedule:
+    arrival, stop = _build(config["arrival"], "name"), config["stop"]
+    if stop["requests"] is None and (stop["seconds"] is None or isinstance(arrival, Immediate)):
+        raise UsageError("stop.requests=null: without it a closed loop, or a run without stop.seconds, has no end")
+    return schedule.draw(_workload(config), arrival, config["seed"], stop["requests"], stop["seconds"])
+
+
+def _workload(config: Mapping[str, Any]) -> Workload:
+    built: Workload = _build(config["workload"], "name")
+    return built
+
+
+def _cores(config: Mapping[str, Any]) -> host.Cores:
+    load_generator, engine = (config["hardware"][f"{name}_cores"] for name in ("load_generator", "engine"))
+    count = "a whole number of cores above 0"
+    require("hardware.load_generator_cores", load_generator, int, lambda v: v > 0, count)
+    if engine is not None:
+        require("hardware.engine_cores", engine, int, lambda v: v > 0, count + ", or null for all others")
+    return host.split_cores(load_generator, engine)
 
 
 def _build(node: Mapping[str, Any], *without: str) -> Any:
@@ -157,9 +207,12 @@ def _check_lengths(race: Schedule, backend: Backend) -> None:
         )
 
 
-def _key(config: Mapping[str, Any], backend: Backend, weights: str | None, race: Schedule, cores: host.Cores) -> str:
+def _key(
+    config: Mapping[str, Any], fingerprint: str, weights: str | None, schedule_hash: str, cores: host.Cores
+) -> str:
     """12 hex digits that change whenever the result could: by settings, stack, weights, schedule or processor."""
     settings = {k: v for k, v in config.items() if k not in (*_PATHS, "backend")}
     settings["model"] = {k: v for k, v in config["model"].items() if k != "checkpoint"}
-    identity = [settings, backend.fingerprint(), weights, race.hash, host.cpu_model(), *map(len, cores)]
+    settings["hardware"] = {k: v for k, v in config["hardware"].items() if k != "roofs"}
+    identity = [settings, fingerprint, weights, schedule_hash, host.cpu_model(), *map(len, cores)]
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]

@@ -23,12 +23,13 @@ from stackrace.harness.provenance import provenance
 from stackrace.harness.secrets import public, without_secrets
 from stackrace.harness.store import RunWriter
 from stackrace.harness.summary import summarize
-from stackrace.harness.types import Record
+from stackrace.harness.types import Endpoint, Record, Request
 from stackrace.harness.validity import judge
 
 _REFRESH = 0.25
 _RECENT = 5 * SECOND
 _LAST_WORDS = 5 * SECOND
+_MOST_TOKENS = 100_000  # chunks that the display's rate is taken from
 
 
 @dataclass
@@ -52,6 +53,8 @@ class Standing:
         if finished.chunk_times:
             self.ttft.append((finished.chunk_times[0] - finished.due) / SECOND)
             self._tokens += zip(finished.chunk_times, finished.chunk_tokens, strict=True)
+        if len(self._tokens) > _MOST_TOKENS:
+            self._tokens = self._tokens[-_MOST_TOKENS // 2 :]
 
     def tokens_per_second(self) -> float:
         """Output tokens of finished requests over the last seconds."""
@@ -76,23 +79,25 @@ def race(point: Point, garage: Garage, watch: Watch) -> dict[str, Any]:
     """
     host.pin(point.cores.engine)  # parsing and the display must not disturb the load generator
     writer = RunWriter(point.folder)
-    writer.begin(public(point.config), _meta(point))
-    began = now()
     run = _Run(point, writer, watch)
     try:
-        point.schedule.save(point.folder / "schedule.parquet")
+        writer.begin(public(point.config), _meta(point))
+    except OSError as e:
+        writer.release()
+        raise PointFailed(f"cannot write {point.folder}: {e}") from e
+    try:
         run.go(garage)
+        return run.end("ok")
     except KeyboardInterrupt:
-        run.end("interrupted", began, error="interrupted: the same command runs this point again")
+        run.end_somehow("interrupted", "interrupted: the same command runs this point again")
         raise
     except (StackraceError, OSError) as e:
         message = str(e) if isinstance(e, StackraceError) else f"{type(e).__name__}: {e}"
-        run.end_somehow("failed", began, message)
+        run.end_somehow("failed", message)
         raise PointFailed(f"{point.folder.name} ({point.backend.name}): {message}") from e
     except Exception as e:  # a fault of ours: the folder says so, and the traceback is worth seeing
-        run.end_somehow("failed", began, f"{type(e).__name__}: {e}")
+        run.end_somehow("failed", f"{type(e).__name__}: {e}")
         raise
-    return run.end("ok", began)
 
 
 class _Run:
@@ -100,13 +105,19 @@ class _Run:
         self._point = point
         self._writer = writer
         self._watch = watch
-        self._standing = Standing(total=len(point.schedule.requests))
+        self._began = now()
+        self._standing = Standing(total=len(point.due))
+        self._requests: tuple[Request, ...] = ()
+        self._endpoint: Endpoint | None = None
         self._health: Health | None = None
         self._log: Path | None = None
         self._log_from = 0
 
     def go(self, garage: Garage) -> None:
         self._watch(self._standing)
+        schedule = self._point.schedule()
+        schedule.save(self._point.folder / "schedule.parquet")
+        self._requests = schedule.requests
         engine = self._launch(garage)
         self._standing.phase = "warming up"
         with LoadGenerator(self._job(engine)) as generator:
@@ -117,12 +128,12 @@ class _Run:
                 raise
         engine.check_alive()
 
-    def end(self, status: str, began: int, error: str | None = None) -> dict[str, Any]:
+    def end(self, status: str, error: str | None = None) -> dict[str, Any]:
         """Write verdict and summary; returns run.json."""
         self._keep_log()
         config = self._point.config
         frame = table.frame(self._writer.rows)
-        fields: dict[str, Any] = {"seconds": (now() - began) / SECOND}
+        fields: dict[str, Any] = {"seconds": (now() - self._began) / SECOND}
         if error is not None:
             fields["error"] = error
         if len(frame):
@@ -130,25 +141,28 @@ class _Run:
             fields["validity"] = judge(frame, summary, config, self._writer.meta).as_dict()
         return self._writer.end(status, **fields)
 
-    def end_somehow(self, status: str, began: int, error: str) -> None:
-        """Like `end`; if even that cannot be written (a full disk), the journal stays and the folder is freed."""
+    def end_somehow(self, status: str, error: str) -> None:
+        """Like `end`; if even that fails (a full disk, a fault of ours), the journal stays and the folder is freed."""
         try:
-            self.end(status, began, error)
-        except OSError:
-            self._writer.release()
+            self.end(status, error)
+        except Exception:
+            self._writer.end_barely(status, error)
 
     def _launch(self, garage: Garage) -> Engine:
         point = self._point
-        folder = point.sweep_folder / "engines" / f"{point.backend.name}-{point.backend.fingerprint()}"
+        folder = point.sweep_folder / "engines" / f"{point.backend.name}-{point.fingerprint}"
         self._log = folder / "server.log"
         self._log_from = self._log.stat().st_size if self._log.exists() else 0
+        if point.backend.fingerprint() != point.fingerprint:
+            raise EngineError("the engine's code changed after this sweep was planned: run the same command again")
         engine = garage.engine(point.backend, folder, point.cores.engine)
+        self._endpoint = engine.endpoint
         self._writer.update(
             backend={
                 "command": engine.command,
                 "environment": without_secrets(point.backend.environment()),
-                "version": point.backend.version(),
-                "fingerprint": point.backend.fingerprint(),
+                "version": point.version,
+                "fingerprint": point.fingerprint,
             }
         )
         return engine
@@ -158,7 +172,7 @@ class _Run:
         return Job(
             endpoint=engine.endpoint,
             schedule=point.folder / "schedule.parquet",
-            warmup=point.warmup,
+            warmup=point.warmup(),
             warmup_concurrency=config["warmup"]["concurrency"],
             concurrency=config["concurrency"],
             seconds=config["stop"]["seconds"],
@@ -188,17 +202,23 @@ class _Run:
             standing.phase, standing.start = "racing", message.start
             self._writer.update(started_at=datetime.now(UTC).isoformat(), start_ns=message.start)
         elif isinstance(message, WarmedUp):
-            if message.failed == len(self._point.warmup.requests):
-                raise EngineError(f"every request of the warm-up failed, the first with: {message.first_error}")
+            if message.failed == self._point.config["warmup"]["requests"]:
+                said = self._scrubbed(message.first_error)
+                raise EngineError(f"every request of the warm-up failed, the first with: {said}")
             self._writer.update(warmup=message._asdict())
         elif isinstance(message, Health):
             self._health = message
             self._writer.update(load_generator=message._asdict())
 
+    def _scrubbed(self, text: str | None) -> str:
+        assert self._endpoint is not None
+        return self._endpoint.scrub(text or "nothing said")
+
     def _keep(self, capture: Capture) -> None:
         assert self._standing.start is not None
-        request = self._point.schedule.requests[capture.position]
+        request = self._requests[capture.position]
         finished = record(capture, request.id, self._standing.start)
+        finished.error = finished.error and self._scrubbed(finished.error)
         self._writer.add(table.row(finished, request))
         self._standing.add(finished)
 
@@ -208,7 +228,7 @@ class _Run:
         deadline = now() + _LAST_WORDS
         with contextlib.suppress(OSError, StackraceError):
             for message in generator.messages(_REFRESH):
-                if isinstance(message, Capture | Health):
+                if isinstance(message, Started | Capture | Health):
                     self._hear(message)
                 if now() > deadline:
                     break
@@ -225,6 +245,6 @@ def _meta(point: Point) -> dict[str, Any]:
     return {
         "key": point.key,
         "point": point.labels(),
-        "schedule": {"hash": point.schedule.hash, "requests": len(point.schedule.requests)},
+        "schedule": {"hash": point.schedule_hash, "requests": len(point.due)},
         "provenance": provenance(point),
     }

@@ -54,13 +54,15 @@ def frame(rows: Iterable[dict[str, object]]) -> pd.DataFrame:
     return _to_pandas(pa.Table.from_pylist(list(rows), schema=SCHEMA).sort_by("id"))
 
 
-def write(path: Path, rows: Iterable[dict[str, object]]) -> None:
-    """Write the rows as parquet (zstd)."""
-    pq.write_table(pa.Table.from_pylist(list(rows), schema=SCHEMA).sort_by("id"), path, compression="zstd")
+def to_bytes(rows: Iterable[dict[str, object]]) -> bytes:
+    """The rows as a parquet file (zstd)."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist(list(rows), schema=SCHEMA).sort_by("id"), sink, compression="zstd")
+    return bytes(sink.getvalue())
 
 
 def read(path: Path) -> pd.DataFrame:
-    """The table of a parquet file written by `write`, columns of older versions filled with nulls."""
+    """The table of a parquet file that `to_bytes` made, columns of older versions filled with nulls."""
     table = pq.read_table(path)
     for f in SCHEMA:
         if f.name not in table.column_names:

@@ -9,9 +9,11 @@ server.log        what the engine printed
 attempts/<n>/     earlier attempts at this point that did not end well
 """
 
+import contextlib
 import fcntl
 import os
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +28,7 @@ from stackrace.harness.errors import UsageError
 
 SCHEMA_VERSION = 1
 FINISHED = ("ok", "failed", "interrupted")
+_LOCK_TRIES, _LOCK_PAUSE = 5, 0.05  # seconds
 
 
 @dataclass(frozen=True)
@@ -94,14 +97,18 @@ class RunWriter:
         Returns run.json.
         """
         try:
-            partial = self.folder / "requests.parquet.partial"
-            table.write(partial, self._rows)
-            partial.replace(self.folder / "requests.parquet")
+            write_atomically(self.folder / "requests.parquet", table.to_bytes(self._rows))
             self.update(status=status, **fields)
             (self.folder / "journal.jsonl").unlink()
             return self._meta
         finally:
             self.release()
+
+    def end_barely(self, status: str, error: str) -> None:
+        """When `end` itself failed: say what can be said, leave the journal, free the folder. Never raises OSError."""
+        with contextlib.suppress(OSError):
+            self.update(status=status, error=error)
+        self.release()
 
     def release(self) -> None:
         """Close what is open and free the folder."""
@@ -186,18 +193,21 @@ def _set_aside(folder: Path) -> None:
     attempts = folder / "attempts"
     target = attempts / str(1 + len(list(attempts.glob("*"))))
     target.mkdir(parents=True)
-    for p in left:
+    for p in sorted(left, key=lambda p: p.name == "run.json"):  # last: until then it still is an attempt to move
         shutil.move(p, target / p.name)
 
 
 def _lock(folder: Path) -> IO[bytes]:
     lock = (folder / ".lock").open("wb")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.close()
-        raise UsageError(f"another stackrace is writing to {folder}: wait for it or give another `results`") from None
-    return lock
+    for _ in range(_LOCK_TRIES):  # a reader that looks whether we run holds it for a moment
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(_LOCK_PAUSE)
+        else:
+            return lock
+    lock.close()
+    raise UsageError(f"another stackrace is writing to {folder}: wait for it, or give another `results`")
 
 
 def _is_locked(folder: Path) -> bool:

@@ -1,6 +1,7 @@
 """A sweep: every point planned before the first is launched, finished ones skipped, failed ones survived."""
 
 import signal
+import threading
 from collections.abc import Iterable
 from types import FrameType, TracebackType
 from typing import Any, ClassVar
@@ -30,7 +31,8 @@ class Sweep:
 
     def __enter__(self) -> "Sweep":
         Sweep.active = self
-        signal.signal(signal.SIGTERM, _interrupt)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, _interrupt)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
@@ -38,11 +40,24 @@ class Sweep:
         self._progress.close()
         self._garage.close()
 
-    def expect(self, configs: Iterable[DictConfig]) -> None:
-        """Plan all points; raises UsageError for the first that could not run, with nothing launched or written."""
-        self._planned = {_identity(cfg): plan(cfg) for cfg in configs}
-        to_run = [p for p in self._planned.values() if not is_finished(p)]
-        self._progress.expect(to_run, len(self._planned) - len(to_run))
+    def expect(self, configs: Iterable[DictConfig]) -> list[int]:
+        """Plan all points; raises UsageError for the first that could not run, with nothing launched or written.
+
+        Returns the order to run them in: repeat by repeat, and within one so that each engine is launched once.
+        """
+        planned = [(_identity(cfg), plan(cfg)) for cfg in configs]
+        points = [point for _, point in planned]
+        engines = list(dict.fromkeys(p.fingerprint for p in points))
+        order = sorted(
+            range(len(points)), key=lambda i: (points[i].config["repeat"], engines.index(points[i].fingerprint))
+        )
+        to_run = [points[i] for i in order if not is_finished(points[i])]
+        if not self._garage.is_busy:
+            for point in to_run:
+                point.backend.check_port()
+        self._planned |= dict(planned)
+        self._progress.expect(to_run, len(points) - len(to_run))
+        return order
 
     def run(self, cfg: DictConfig) -> dict[str, Any] | None:
         """Run one point unless it is finished; returns its run.json. Raises PointFailed."""

@@ -53,6 +53,13 @@ class Endpoint:
     omit: tuple[str, ...] = ()  # fields that this dialect refuses
     pid: int | None = None
 
+    def scrub(self, text: str) -> str:
+        """`text` without the values of the headers, in case a server repeats them."""
+        for value in self.headers.values():
+            for secret in (value, value.removeprefix("Bearer ")):
+                text = text.replace(secret, "***") if secret else text
+        return text
+
 
 @dataclass(slots=True)
 class Record:

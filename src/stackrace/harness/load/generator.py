@@ -1,5 +1,6 @@
 """The parent's side of the load generator: starts the worker, reads its captures, turns them into records."""
 
+import contextlib
 import queue
 import subprocess
 import sys
@@ -28,8 +29,9 @@ class LoadGenerator:
             start_new_session=True,  # Ctrl-C is for the harness, which then stops the worker in order
         )
         assert self._process.stdin is not None
-        self._process.stdin.write(messages.encode(job))
-        self._process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # it died at once: `messages` will say with what words
+            self._process.stdin.write(messages.encode(job))
+            self._process.stdin.flush()
         self._inbox: queue.SimpleQueue[messages.Message | None] = queue.SimpleQueue()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -49,7 +51,7 @@ class LoadGenerator:
     def stop(self) -> None:
         """Have it give up what is in flight; its last messages still come."""
         assert self._process.stdin is not None
-        if not self._process.stdin.closed:
+        with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
 
     def messages(self, interval: float) -> Iterator[messages.Message | None]:
