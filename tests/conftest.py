@@ -126,7 +126,7 @@ def mock_engine(compose, tmp_path):
 
     def start(*overrides):
         backend, cores = build_backend(compose("backend=mock", *overrides))
-        return garage.engine(backend, tmp_path / "engine", cores.engine).endpoint
+        return garage.engine(backend, tmp_path / "engine", cores.engine, repeat=0).endpoint
 
     yield start
     garage.close()

@@ -15,12 +15,13 @@ class Garage:
         self._running: tuple[str, Engine] | None = None
         self._failed: dict[str, EngineError] = {}
 
-    def engine(self, backend: Backend, folder: Path, cores: tuple[int, ...]) -> Engine:
+    def engine(self, backend: Backend, folder: Path, cores: tuple[int, ...], repeat: int) -> Engine:
         """The running engine if it is just this one and alive, else a new one, the old one being stopped first.
 
-        An engine that could not start is not tried again: its error is raised at once.
+        Each repeat gets a launch of its own, so that what differs between launches shows between repeats. An engine
+        that could not start is not tried again: its error is raised at once.
         """
-        key = f"{backend.fingerprint()} {backend.checkpoint} {backend.port} {cores}"
+        key = f"{backend.fingerprint()} {backend.checkpoint} {backend.port} {cores} {repeat}"
         if self._running is not None and self._running[0] == key:
             with contextlib.suppress(EngineDied):
                 self._running[1].check_alive()
