@@ -290,7 +290,7 @@ def test_nothing_that_was_received_outlives_its_request_while_the_collector_slee
         gc.disable()
         try:
             drive(endpoint, 50, concurrency=4, on_end=lambda capture: None)
-            alive = sum(isinstance(o, Exchange) for o in gc.get_objects())
+            alive = sum(type(o) is Exchange for o in gc.get_objects())
         finally:
             gc.enable()
     assert alive == 0

@@ -2,7 +2,7 @@
 
 import signal
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from types import FrameType, TracebackType
 from typing import Any, ClassVar
 
@@ -24,6 +24,7 @@ class Sweep:
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
         self._garage = Garage()
+        self._on_sigterm: signal.Handlers | Callable[[int, FrameType | None], Any] | int | None = None
         self._planned: dict[str, Point] = {}
         self.points: list[Point] = []
         self.failed: list[str] = []
@@ -32,11 +33,13 @@ class Sweep:
     def __enter__(self) -> "Sweep":
         Sweep.active = self
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, _interrupt)
+            self._on_sigterm = signal.signal(signal.SIGTERM, _interrupt)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         Sweep.active = None
+        if self._on_sigterm is not None:
+            signal.signal(signal.SIGTERM, self._on_sigterm)
         self._progress.close()
         self._garage.close()
 
