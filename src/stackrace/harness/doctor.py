@@ -8,11 +8,12 @@ from typing import NamedTuple
 
 import psutil
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from stackrace.harness import host
 
 _GIB = 1 << 30
+_ATTACH = "stackrace bench backend=external backend.url=http://HOST:PORT backend.model=NAME"
 
 
 class Finding(NamedTuple):
@@ -28,7 +29,7 @@ class Finding(NamedTuple):
 def examine() -> int:
     """Print a table; returns 1 if something is missing that everything needs, else 0."""
     findings = list(_findings())
-    table = Table("", "for", "found", "remedy", box=None)
+    table = Table("", "for", "found", Column("remedy", overflow="fold"), box=None)
     for f in findings:
         mark = "[green]ok[/green]" if f.is_fine else "[red]no[/red]" if f.is_needed else "[yellow]--[/yellow]"
         table.add_row(mark, f.what, f.found, "" if f.is_fine else f.remedy)
@@ -40,15 +41,14 @@ def _findings() -> Iterator[Finding]:
     found = ".".join(map(str, sys.version_info[:3]))
     yield Finding("Python 3.11 or newer", sys.version_info >= (3, 11), found, "install a newer Python", True)
     yield _package("torch", "engine mla on a CPU", "make install", True)
-    yield _package("triton", "Triton kernels", "pip install triton, or run on a GPU machine where torch brings it")
     yield _cores()
     memory = psutil.virtual_memory().available
     yield Finding("the demo's memory", memory > 2 * _GIB, f"{memory / _GIB:.1f} GiB free", "free 2 GiB", True)
     yield Finding(
         "timestamps and pinning", sys.platform == "linux", sys.platform, "use Linux: elsewhere times are coarser"
     )
-    for name in ("vllm", "sglang"):
-        yield _engine(name)
+    yield _engine("vLLM", "vllm")
+    yield _engine("SGLang", "sglang")
     yield _gpu()
 
 
@@ -66,13 +66,13 @@ def _cores() -> Finding:
     )
 
 
-def _engine(name: str) -> Finding:
-    path = shutil.which(name)
+def _engine(name: str, command: str) -> Finding:
+    path = shutil.which(command)
     return Finding(
-        f"racing a {name} that is running elsewhere",
-        True,
-        f"command {name} at {path}" if path else "backend=external backend.url=http://host:port backend.model=NAME",
-        "",
+        name,
+        path is not None,
+        path or f"no command {command}",
+        f"race one that runs already, here or elsewhere: {_ATTACH}",
     )
 
 
