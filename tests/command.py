@@ -1,0 +1,38 @@
+"""What the tests of the command share: quick points over the mock, and what they left on disk."""
+
+import subprocess
+import sys
+import time
+
+from stackrace.harness import store
+
+QUICK = ["backend.ttft=0.01", "backend.gap=0.002", "warmup.requests=1", "lengths.output.tokens=8"]
+
+
+FAST = ["backend=mock", *QUICK, "stop.requests=20", "arrival.rate=40"]
+
+
+def runs(tmp_path, sweep="adhoc"):
+    return [store.read_run(f) for f in store.find_runs(tmp_path / "results" / sweep)]
+
+
+def statuses(tmp_path, sweep="adhoc"):
+    return sorted(r.status for r in runs(tmp_path, sweep))
+
+
+def start(tmp_path, *args):
+    return subprocess.Popen(
+        [sys.executable, "-m", "stackrace", "bench", *args],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def wait_for(condition, patience=40.0):
+    deadline = time.monotonic() + patience
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)

@@ -1,0 +1,90 @@
+"""Servers of a few lines, which misbehave on purpose, and the driver run against them in this process."""
+
+import asyncio
+import contextlib
+import socket
+import threading
+
+from stackrace.harness.clock import Alarms, now
+from stackrace.harness.load.connections import Connections
+from stackrace.harness.load.dialect import request_bytes
+from stackrace.harness.load.driver import Driver, Plan
+from stackrace.harness.types import Endpoint, Request, Sampling
+
+_EVENTS = b'data: {"choices": [{"token_ids": [1], "text": "a"}]}\n\ndata: [DONE]\n\n'
+
+
+STREAM = (
+    b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+    b"%x\r\n%b\r\n0\r\n\r\n" % (len(_EVENTS), _EVENTS)
+)
+
+
+@contextlib.contextmanager
+def scripted(handle):
+    """A server that gives each accepted connection, with its number, to `handle` in a thread of its own."""
+    server = socket.create_server(("127.0.0.1", 0))
+
+    def accept():
+        with contextlib.suppress(OSError):
+            for number in range(1000):
+                connection, _ = server.accept()
+                threading.Thread(target=serve, args=(connection, number), daemon=True).start()
+
+    def serve(connection, number):
+        with connection, contextlib.suppress(OSError):
+            handle(connection, number)
+
+    threading.Thread(target=accept, daemon=True).start()
+    try:
+        yield Endpoint(f"http://127.0.0.1:{server.getsockname()[1]}", "m")
+    finally:
+        server.shutdown(socket.SHUT_RDWR)
+        server.close()
+
+
+def receive_request(connection):
+    data = b""
+    while b"\r\n\r\n" not in data:
+        part = connection.recv(65536)
+        if not part:
+            raise OSError("closed")
+        data += part
+    head, _, body = data.partition(b"\r\n\r\n")
+    length = int(next(v for k, v in (line.split(b": ") for line in head.split(b"\r\n")[1:]) if k == b"Content-Length"))
+    while len(body) < length:
+        body += connection.recv(65536)
+
+
+def reset(connection):
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+
+
+def drive(endpoint, n, concurrency, on_end):
+    """Drive n requests in this process; returns the captures."""
+    captures = []
+
+    def keep(capture):
+        captures.append(capture)
+        on_end(capture)
+
+    async def run():
+        alarms, start = Alarms(asyncio.get_running_loop()), now()
+        request = Request(0, (5, 6), 1, Sampling(0.0, 1.0, 0, 0))
+        plan = Plan(
+            payloads=[request_bytes(endpoint, request)] * n,
+            due=[start] * n,
+            is_closed=True,
+            concurrency=concurrency,
+            cutoff=None,
+            drain=0,
+            request_timeout=10**10,
+            stall_timeout=10**10,
+        )
+        connections = Connections(endpoint.url, 5.0)
+        await Driver(plan, alarms, connections, keep).run()
+        alarms.close()
+        connections.close()
+
+    asyncio.run(run())
+    return captures
