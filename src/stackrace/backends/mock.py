@@ -49,9 +49,6 @@ class Behaviour:
 class Mock(Behaviour, Backend):
     """The mock as a stack."""
 
-    def __post_init__(self) -> None:
-        Behaviour.__post_init__(self)
-
     def command(self, at: Placement) -> list[str]:
         """Ourselves, with every setting as a flag."""
         settings = {f.name: getattr(self, f.name) for f in dataclasses.fields(Behaviour)}
@@ -192,9 +189,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--port", type=int, required=True)
     for f in dataclasses.fields(Behaviour):
-        parser.add_argument(
-            f"--{f.name.replace('_', '-')}", type=float if f.type == "float" or f.type is float else int
-        )
+        parser.add_argument(f"--{f.name.replace('_', '-')}", type=float if f.type is float else int)
     settings = vars(parser.parse_args())
     uvloop.run(_serve(settings.pop("port"), Behaviour(**settings)))
 

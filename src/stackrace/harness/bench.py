@@ -11,8 +11,9 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
-from stackrace.harness.errors import UsageError
+from stackrace.harness.errors import UsageError, one_line
 from stackrace.harness.progress import Progress
+from stackrace.harness.store import read_run
 from stackrace.harness.sweep import Sweep
 
 _PLAIN_WIDTH = 160  # columns of the closing table where there is no terminal
@@ -30,7 +31,7 @@ def bench(args: list[str]) -> int:
         try:
             _main()
         except (HydraException, OmegaConfBaseException, yaml.YAMLError) as e:
-            raise UsageError(" ".join(str(e).split())) from None
+            raise UsageError(one_line(e)) from None
         except OSError as e:
             if sweep.points:
                 raise
@@ -56,7 +57,6 @@ def _close(sweep: Sweep) -> int:
     if not sweep.points:  # --cfg, --help and the like
         return 0
     from stackrace.harness.report.tables import text_table
-    from stackrace.harness.store import read_run
 
     console = Console() if sys.stdout.isatty() else Console(width=_PLAIN_WIDTH)
     runs = [read_run(p.folder) for p in sweep.points if (p.folder / "run.json").exists()]

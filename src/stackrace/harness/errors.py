@@ -46,6 +46,11 @@ class PointFailed(StackraceError):
     """One point of a sweep ended without a result; its run folder says why."""
 
 
+def one_line(error: Exception) -> str:
+    """The message of an error, whatever lines it came in, as one."""
+    return " ".join(str(error).split())
+
+
 def require(name: str, value: object, kind: type | tuple[type, ...], holds: Callable[[Any], bool], wanted: str) -> None:
     """Raise a UsageError naming the setting and its value unless it is of `kind` and `holds` is true of it."""
     fits = isinstance(value, kind) and not (isinstance(value, bool) and kind is not bool)

@@ -16,7 +16,7 @@ from stackrace.backends import checkpoint
 from stackrace.backends.base import Backend
 from stackrace.harness import host, schedule
 from stackrace.harness.clock import SECOND
-from stackrace.harness.errors import PointFailed, UsageError, require
+from stackrace.harness.errors import PointFailed, UsageError, one_line, require
 from stackrace.harness.schedule import Schedule
 from stackrace.harness.summary import parse_slo
 from stackrace.harness.types import Workload
@@ -184,7 +184,7 @@ def _build(node: Mapping[str, Any], *without: str) -> Any:
         cause = e.__cause__
         if isinstance(cause, UsageError):
             raise cause from None
-        raise UsageError(" ".join(str(e).split())) from None
+        raise UsageError(one_line(e)) from None
 
 
 def _weights(backend: Backend, model: Mapping[str, Any]) -> str | None:

@@ -1,6 +1,7 @@
 """Runs one point: engine up, load on, captures parsed and kept as they come, verdict at the end."""
 
 import contextlib
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -29,7 +30,7 @@ from stackrace.harness.validity import judge
 _REFRESH = 0.25
 _RECENT = 5 * SECOND
 _LAST_WORDS = 5 * SECOND
-_MOST_TOKENS = 100_000  # chunks that the display's rate is taken from
+_MOST_CHUNKS = 100_000  # that the display's rate is taken from
 
 
 @dataclass
@@ -38,13 +39,12 @@ class Standing:
 
     phase: str = "starting engine"
     total: int = 0
-    sent: int = 0
     in_flight: int = 0
     done: int = 0
     failed: int = 0
     start: int | None = None
     ttft: list[float] = field(default_factory=list)  # seconds
-    _tokens: list[tuple[int, int]] = field(default_factory=list)  # (time after start, tokens) of each chunk
+    _tokens: deque[tuple[int, int]] = field(default_factory=lambda: deque(maxlen=_MOST_CHUNKS))  # time, tokens
 
     def add(self, finished: Record) -> None:
         """Count a finished request."""
@@ -53,16 +53,14 @@ class Standing:
         if finished.chunk_times:
             self.ttft.append((finished.chunk_times[0] - finished.due) / SECOND)
             self._tokens += zip(finished.chunk_times, finished.chunk_tokens, strict=True)
-        if len(self._tokens) > _MOST_TOKENS:
-            self._tokens = self._tokens[-_MOST_TOKENS // 2 :]
 
     def tokens_per_second(self) -> float:
         """Output tokens of finished requests over the last seconds."""
         if self.start is None:
             return 0.0
         time = now() - self.start
-        self._tokens = [t for t in self._tokens if t[0] > time - _RECENT]
-        return sum(n for _, n in self._tokens) / max(min(time, _RECENT) / SECOND, 1e-9)
+        recent = sum(tokens for at, tokens in self._tokens if at > time - _RECENT)
+        return recent / max(min(time, _RECENT) / SECOND, 1e-9)
 
     def median_ttft(self) -> float | None:
         """Seconds."""
@@ -197,7 +195,7 @@ class _Run:
         if isinstance(message, Capture):
             self._keep(message)
         elif isinstance(message, Tick):
-            standing.sent, standing.in_flight = message
+            standing.in_flight = message.in_flight
         elif isinstance(message, Started):
             standing.phase, standing.start = "racing", message.start
             self._writer.update(started_at=datetime.now(UTC).isoformat(), start_ns=message.start)

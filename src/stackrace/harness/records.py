@@ -51,13 +51,13 @@ def row(record: Record, asked: Request) -> dict[str, object]:
 
 def frame(rows: Iterable[dict[str, object]]) -> pd.DataFrame:
     """Rows as a DataFrame, sorted by id; integers that may be missing are `Int64`."""
-    return _to_pandas(pa.Table.from_pylist(list(rows), schema=SCHEMA).sort_by("id"))
+    return _to_pandas(_table(rows))
 
 
 def to_bytes(rows: Iterable[dict[str, object]]) -> bytes:
     """The rows as a parquet file (zstd)."""
     sink = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_pylist(list(rows), schema=SCHEMA).sort_by("id"), sink, compression="zstd")
+    pq.write_table(_table(rows), sink, compression="zstd")
     return bytes(sink.getvalue())
 
 
@@ -68,6 +68,10 @@ def read(path: Path) -> pd.DataFrame:
         if f.name not in table.column_names:
             table = table.append_column(f, pa.nulls(len(table), f.type))
     return _to_pandas(table.select(SCHEMA.names))
+
+
+def _table(rows: Iterable[dict[str, object]]) -> pa.Table:
+    return pa.Table.from_pylist(list(rows), schema=SCHEMA).sort_by("id")
 
 
 def _to_pandas(table: pa.Table) -> pd.DataFrame:

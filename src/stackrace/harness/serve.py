@@ -8,7 +8,7 @@ from hydra import compose, initialize_config_module
 from hydra.errors import HydraException
 from rich.console import Console
 
-from stackrace.harness.errors import UsageError
+from stackrace.harness.errors import UsageError, one_line
 from stackrace.harness.point import build_backend
 
 _LOOK = 0.5
@@ -20,7 +20,7 @@ def serve(overrides: list[str]) -> int:
         with initialize_config_module("stackrace.conf", version_base="1.3"):
             cfg = compose("bench", overrides)
     except HydraException as e:
-        raise UsageError(" ".join(str(e).split())) from None
+        raise UsageError(one_line(e)) from None
     backend, cores = build_backend(cfg)
     console = Console()
     signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -64,9 +64,10 @@ class Sweep:
 
     def run(self, cfg: DictConfig) -> dict[str, Any] | None:
         """Run one point unless it is finished; returns its run.json. Raises PointFailed."""
-        if _identity(cfg) not in self._planned:
+        identity = _identity(cfg)
+        if identity not in self._planned:
             self.expect([cfg])
-        point = self._planned[_identity(cfg)]
+        point = self._planned[identity]
         self.points.append(point)
         if is_finished(point):
             return store.read_meta(point.folder)

@@ -118,10 +118,13 @@ def _queue_growth(run: Observed) -> float | None:
     due = run.column("due")
     if not run.ok.any():
         return None
-    begin, end = float(run.last[run.ok].min()), float(due.max())
-    early = (due >= begin) & (due <= begin + (end - begin) / 5)
-    if (due >= begin).sum() < 20 or not early.any() or end - begin < 5 * np.median((run.column("end") - due)[early]):
+    filled = Window(float(run.last[run.ok].min()), float(due.max()))
+    fifths = [Window(a, b) for a, b in pairwise(np.linspace(*filled, 6).tolist())]
+    early = fifths[0].holds(due)
+    if filled.holds(due).sum() < 20 or not early.any():
         return None
-    fifths = [run.mean_outstanding(Window(a, b)) for a, b in pairwise(np.linspace(begin, end, 6).tolist())]
-    is_rising = all(a < b for a, b in pairwise(fifths))
-    return (fifths[4] + 1) / (fifths[2] + 1) if is_rising else None
+    if filled.seconds < 5 * np.median((run.column("end") - due)[early]):
+        return None
+    outstanding = [run.mean_outstanding(fifth) for fifth in fifths]
+    is_rising = all(a < b for a, b in pairwise(outstanding))
+    return (outstanding[4] + 1) / (outstanding[2] + 1) if is_rising else None

@@ -173,4 +173,4 @@ class _EndOfResponse:
 
 def _is_interim(head: bytes) -> bool:
     """A 1xx response, which another one follows."""
-    return head.split(b" ", 2)[1:2] != [] and head.split(b" ", 2)[1].startswith(b"1")
+    return head.partition(b" ")[2].startswith(b"1")

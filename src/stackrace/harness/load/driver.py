@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from stackrace.harness.clock import SECOND, Alarms, now
 from stackrace.harness.load.client import Exchange
-from stackrace.harness.load.connections import Connections
+from stackrace.harness.load.connections import Connection, Connections
 from stackrace.harness.load.dialect import Read
 
 _UPKEEP = SECOND // 4
@@ -66,7 +66,7 @@ class Driver:
         self._connections = connections
         self._on_end = on_end
         self._loop = asyncio.get_running_loop()
-        self._waiting: deque[tuple[int, int | None]] = deque()  # index and due time; None: due when its slot is free
+        self._waiting: deque[tuple[int, int | None]] = deque()  # position and due time; None: due when its slot is free
         self._flights: set[_Flight] = set()
         self._opening: set[asyncio.Task[None]] = set()
         self._next = 0  # first request that is not due yet
@@ -77,11 +77,6 @@ class Driver:
     def in_flight(self) -> int:
         """Requests that were let go and have not ended."""
         return len(self._flights)
-
-    @property
-    def sent(self) -> int:
-        """Requests that were let go so far."""
-        return self._next - len(self._waiting)
 
     async def run(self) -> None:
         """Return when every request has ended, or the drain after the cutoff is over."""
@@ -114,21 +109,21 @@ class Driver:
     def _on_due(self) -> None:
         plan, time = self._plan, now()
         while not self._stopped and self._next < len(plan.due) and plan.due[self._next] <= time:
-            index = self._next
+            position = self._next
             self._next += 1
-            due = None if plan.is_closed else plan.due[index]
+            due = None if plan.is_closed else plan.due[position]
             if self._has_slot():
-                self._let_go(index, plan.due[index], plan.due[index])
+                self._let_go(position, plan.due[position], plan.due[position])
             else:
-                self._waiting.append((index, due))
+                self._waiting.append((position, due))
         if not self._stopped and self._next < len(plan.due):
             self._alarms.at(plan.due[self._next], self._on_due)
 
     def _has_slot(self) -> bool:
         return self._plan.concurrency is None or len(self._flights) < self._plan.concurrency
 
-    def _let_go(self, index: int, due: int, slot: int) -> None:
-        flight = _Flight(index, due, slot)
+    def _let_go(self, position: int, due: int, slot: int) -> None:
+        flight = _Flight(position, due, slot)
         self._flights.add(flight)
         self._send(flight)
 
@@ -139,8 +134,7 @@ class Driver:
             self._opening.add(task)
             task.add_done_callback(self._opening.discard)
             return
-        flight.exchange = self._exchange(flight)
-        flight.exchange.start(connection)
+        self._start(flight, connection)
 
     async def _open_and_send(self, flight: _Flight) -> None:
         try:
@@ -152,12 +146,12 @@ class Driver:
         if flight not in self._flights:
             connection.close()
             return
-        flight.exchange = self._exchange(flight)
-        flight.exchange.start(connection)
+        self._start(flight, connection)
 
-    def _exchange(self, flight: _Flight) -> Exchange:
+    def _start(self, flight: _Flight, connection: Connection) -> None:
         on_end = functools.partial(self._on_exchange_end, flight)
-        return Exchange(self._plan.payloads[flight.position], self._loop, on_end)
+        flight.exchange = Exchange(self._plan.payloads[flight.position], self._loop, on_end)
+        flight.exchange.start(connection)
 
     def _on_exchange_end(self, flight: _Flight, exchange: Exchange) -> None:
         connection = exchange.connection
@@ -196,18 +190,18 @@ class Driver:
     def _fill_slots(self, freed: int) -> None:
         """Let go what waits. A slot is free from when its last request ended, however late we notice."""
         while self._waiting and not self._stopped and self._has_slot():
-            index, due = self._waiting.popleft()
+            position, due = self._waiting.popleft()
             slot = max(freed, due or 0)
-            self._let_go(index, slot if due is None else due, slot)
+            self._let_go(position, slot if due is None else due, slot)
 
     def _stop_sending(self) -> None:
         if self._stopped:
             return
         self._stopped = True
         time = now()
-        for index, due in self._waiting:
+        for position, due in self._waiting:
             if due is not None:  # it was due, and never got a slot
-                self._on_end(Capture(index, due, time, None, None, time, 0, True, None, []))
+                self._on_end(Capture(position, due, time, None, None, time, 0, True, None, []))
         self._waiting.clear()
         self._finish_if_over()
 

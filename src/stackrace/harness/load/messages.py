@@ -47,7 +47,6 @@ class Started(NamedTuple):
 class Tick(NamedTuple):
     """Where the race stands."""
 
-    sent: int
     in_flight: int
 
 

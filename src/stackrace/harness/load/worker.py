@@ -137,7 +137,7 @@ async def _run_until(driver: Driver, stop: "asyncio.Future[None]") -> None:
 
 def _keep_ticking(driver: Driver, alarms: Alarms, tell: Callable[[Message], None]) -> None:
     def tick() -> None:
-        tell(Tick(driver.sent, driver.in_flight))
+        tell(Tick(driver.in_flight))
         alarms.at(now() + _TICK, tick)
 
     tick()
