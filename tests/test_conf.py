@@ -17,9 +17,9 @@ GROUPS = ("workload", "lengths", "arrival", "slo", "hardware")
 OPTIONS = [(g, p.stem) for g in GROUPS for p in sorted((CONF / g).glob("*.yaml"))]
 
 
-@pytest.fixture
-def models(tmp_path):
-    return f"models={tmp_path}"
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    return f"models={tmp_path_factory.mktemp('models')}"
 
 
 def sweep_of(experiment):
@@ -129,7 +129,12 @@ def test_the_source_hash_sees_content_names_and_new_files(tmp_path):
         (["arrival=immediate", "stop.requests=null", "stop.seconds=5"], "has no end"),
         (["slo.ttft_ms=x"], "slo.ttft_ms='x': must be"),
         (["workload.shared_prefix=1.5"], "workload.shared_prefix=1.5: must be"),
-        (["backend.attention=flash"], "backend.attention='flash': must be mla or mha"),
+        (["backend.attention=flash"], "backend.attention='flash': must be mla, mha or gqa"),
+        (["backend=mla_mha", "model=tiny_gqa"], "backend.attention=mha: llama takes gqa"),
+        (["backend.attention=gqa"], "backend.attention=gqa: deepseek_v2 takes mla or mha"),
+        (["backend.api_key_env=NO_SUCH_KEY"], "NO_SUCH_KEY is not set"),
+        (["backend.shutdown_timeout=10"], "backend.shutdown_timeout=10: must be below backend.stop_grace=10"),
+        (["backend.enable_prefix_caching=1"], "backend.enable_prefix_caching=1: must be true or false"),
         (["backend.max_num_seqs=0"], "backend.max_num_seqs=0: must be"),
         (["hardware.load_generator_cores=99"], "hardware.load_generator_cores=99"),
         (["hardware.load_generator_cores=0"], "hardware.load_generator_cores=0: must be"),

@@ -1,112 +1,29 @@
-"""The engine's numbers: against transformers, and against itself whatever the batch, the chunks or the cache."""
+"""The engine against itself: the same numbers and tokens whatever the batch, the chunks, the cache or its reuse."""
 
-import math
-import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-import yaml
+from engine_kit import GREEDY, YARN, build, generate, logits, make, prompt
 from transformers import DeepseekV2ForCausalLM
 
-from stackrace.backends import checkpoint
-from stackrace.backends.mla import engine as engines
-from stackrace.backends.mla.sampler import sample
-from stackrace.backends.mla.scheduler import Sequence, Work
-from stackrace.harness.types import Sampling
-
-CONF = Path(engines.__file__).parents[2] / "conf" / "model" / "tiny.yaml"
-SMALL = {"hidden_size": 128, "intermediate_size": 256, "vocab_size": 512, "num_attention_heads": 4}
-SMALL |= {"num_hidden_layers": 3, "num_key_value_heads": 4, "n_routed_experts": 8, "moe_intermediate_size": 64}
-GREEDY = Sampling(temperature=0, top_p=1, top_k=0, seed=0)
-ROPE = {"factor": 40, "beta_fast": 32, "beta_slow": 1, "original_max_position_embeddings": 64}
-YARN = ROPE | {"type": "yarn", "mscale": 0.707, "mscale_all_dim": 0.707}
-VARIANTS: dict[str, dict[str, Any]] = {
-    "lite": {"rope_scaling": YARN},
-    "mscale": {"rope_scaling": YARN | {"mscale": 1.0}},
-    "plain": {"rope_scaling": None, "max_position_embeddings": 1024},
-    "routing": {"rope_scaling": YARN, "routed_scaling_factor": 2.5, "num_experts_per_tok": 3},
-    "q_lora": {"rope_scaling": YARN, "q_lora_rank": 96},
-    "dense": {"rope_scaling": YARN, "first_k_dense_replace": 2, "n_shared_experts": 1},
-}
-
-
-def make(folder: Path, changes: Mapping[str, Any]) -> Path:
-    config = yaml.safe_load(CONF.read_text())["config"] | SMALL | {"initializer_range": 0.1} | changes
-    checkpoint.make(config, folder / "model", 3, 10_000_000, "cpu")
-    return folder / "model"
-
-
-def build(path: Path, attention: str, budget: int = 64, dtype: str = "float32") -> engines.Engine:
-    settings = engines.Settings(
-        checkpoint=path,
-        attention=attention,
-        dtype=dtype,
-        device="cpu",
-        max_num_seqs=8,
-        max_num_batched_tokens=budget,
-        max_model_len=512,
-        kv_cache_memory_bytes=60_000_000,
-    )
-    return engines.build(settings, checkpoint.check(path))
-
-
-def generate(engine: engines.Engine, prompts: list[list[int]], count: int) -> list[list[int]]:
-    for index, prompt in enumerate(prompts):
-        engine.submit(Sequence(str(index), prompt, count, GREEDY, frozenset()))
-    outputs: dict[str, list[int]] = {str(index): [] for index in range(len(prompts))}
-    while not engine.idle:
-        for event in engine.step():
-            outputs[event.id].append(event.token)
-    return list(outputs.values())
-
-
-def logits(engine: engines.Engine, tokens: list[int], chunks: list[int]) -> torch.Tensor:
-    """Logits after each chunk of one sequence."""
-    sequence = Sequence("x", tokens, 1, GREEDY, frozenset())
-    sequence.pages = engine.scheduler.pool.take(sequence.pages_needed)
-    rows = []
-    for count in chunks:
-        sequence.tokens = tokens[: sequence.num_computed + count]
-        rows.append(engine.runner.logits([Work(sequence, count)])[-1])
-        sequence.num_computed += count
-    engine.scheduler.pool.give_back(sequence.pages)
-    return torch.stack(rows)
-
-
-def prompt(length: int, seed: int) -> list[int]:
-    rng = random.Random(seed)
-    return [rng.randrange(512) for _ in range(length)]
+from stackrace.backends.mla.engine import Engine, TokenEvent
+from stackrace.backends.mla.sequence import Sampling, Sequence
 
 
 @pytest.fixture(scope="module")
 def lite(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make(tmp_path_factory.mktemp("lite"), VARIANTS["lite"])
+    return make(tmp_path_factory.mktemp("lite"), {"rope_scaling": YARN})
 
 
 @pytest.fixture(scope="module", autouse=True)
-def two_threads() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     before = torch.get_num_threads()
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-@pytest.mark.parametrize("name", VARIANTS)
-def test_logits_are_those_of_transformers(name: str, tmp_path: Path) -> None:
-    path = make(tmp_path, VARIANTS[name])
-    theirs = DeepseekV2ForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
-    tokens = prompt(150, seed=1)  # past the 64 positions before YaRN stretches
-    with torch.inference_mode():
-        expected = theirs(torch.tensor([tokens])).logits[0]
-    for attention in ("mla", "mha"):
-        engine = build(path, attention)
-        steps = logits(engine, tokens, [70, *[1] * 10, 60, *[1] * 10])
-        rows = [69, *range(70, 80), 139, *range(140, 150)]
-        assert (steps - expected[rows]).abs().max() <= 1e-4 * expected.abs().max()
 
 
 @pytest.mark.parametrize("attention", ["mla", "mha"])
@@ -172,32 +89,79 @@ def test_abort_frees_pages_mid_flight(lite: Path) -> None:
     assert engine.step() == []
 
 
-def frequencies(settings: Sampling, logits: list[float]) -> list[float]:
-    """How often each token is drawn by 10,000 evenly spread draws."""
-    count = 10_000
-    row = torch.tensor([logits]).expand(count, -1)
-    tokens = sample(row, [settings] * count, [(index + 0.5) / count for index in range(count)])
-    return [tokens.count(token) / count for token in range(len(logits))]
+PAGE_BYTES = 64 * 3 * 576 * 4  # of `lite` in float32
+MIXED = [GREEDY, Sampling(seed=5), Sampling(seed=6, top_p=0.9, top_k=40, temperature=1.2, frequency_penalty=0.4)]
 
 
-def test_sampling_draws_from_the_distribution() -> None:
-    chances = [0.1, 0.4, 0.05, 0.25, 0.2]
-    logits = [math.log(chance) + 3 for chance in chances]
-    plain = Sampling(temperature=1.0, top_p=1.0, top_k=0, seed=0)
-    cases = {
-        plain: chances,
-        replace(plain, temperature=0.5): [chance**2 / sum(c**2 for c in chances) for chance in chances],
-        replace(plain, top_k=2): [0, 0.4 / 0.65, 0, 0.25 / 0.65, 0],
-        replace(plain, top_p=0.6): [0, 0.4 / 0.65, 0, 0.25 / 0.65, 0],  # the token that reaches 0.6 is kept
-        replace(plain, top_p=0.01): [0, 1, 0, 0, 0],
-        replace(plain, top_k=3, top_p=0.5): [0, 0.4 / 0.65, 0, 0.25 / 0.65, 0],
-        replace(plain, temperature=0): [0, 1, 0, 0, 0],
-    }
-    for settings, expected in cases.items():
-        assert frequencies(settings, logits) == pytest.approx(expected, abs=2e-4)
+def serve(engine: Engine, sequences: list[Sequence]) -> dict[str, list[TokenEvent]]:
+    for sequence in sequences:
+        engine.submit(sequence)
+    events: dict[str, list[TokenEvent]] = {sequence.id: [] for sequence in sequences}
+    while not engine.idle:
+        for event in engine.step():
+            events[event.id].append(event)
+    return events
 
 
-def test_each_row_is_sampled_by_its_own_settings() -> None:
-    greedy, hot = GREEDY, Sampling(temperature=1.0, top_p=1.0, top_k=0, seed=0)
-    logits = torch.tensor([[0.0, 1.0, 0.0]]).expand(3, -1)
-    assert sample(logits, [hot, greedy, hot], [0.999999, 0.0, 0.0]) == [2, 1, 1]
+def crowd(**told: int) -> list[Sequence]:
+    """Requests with prefixes in common, drawn in several ways."""
+    common = prompt(150, seed=1)
+    prompts = [common[: 30 * index] + prompt(20 + index, seed=index) for index in range(6)]
+    return [Sequence(str(i), p, 70, MIXED[i % 3], frozenset(), **told) for i, p in enumerate(prompts)]
+
+
+@pytest.mark.parametrize("reuse", [True, False])
+@pytest.mark.parametrize("attention", ["mla", "mha"])
+def test_neither_preemption_nor_reuse_changes_a_token(lite: Path, attention: str, reuse: bool) -> None:
+    alone = [serve(build(lite, attention, 512), [sequence])[sequence.id] for sequence in crowd()]
+    page = PAGE_BYTES if attention == "mla" else 64 * 3 * 4 * 320 * 4
+    tight = {"kv_cache_memory_bytes": 8 * page, "enable_prefix_caching": reuse}
+    engine = build(lite, attention, 50, **tight)
+    assert [[e.token for e in events] for events in serve(engine, crowd()).values()] == [
+        [e.token for e in events] for events in alone
+    ]
+    assert engine.stats.total_preemptions > 0
+    assert (engine.stats.total_prefix_hits > 0) == reuse
+    assert engine.scheduler.pool.num_free == engine.scheduler.pool.num_pages == 8
+
+
+def test_logprobs_are_those_of_a_full_forward_pass(lite: Path) -> None:
+    """transformers over prompt and output at once, against ours told in chunks, preempted, and from shared pages."""
+    theirs = DeepseekV2ForCausalLM.from_pretrained(lite, dtype=torch.float32, attn_implementation="eager")
+    plain = build(lite, "mla", 512)
+    tight = build(lite, "mha", 30, kv_cache_memory_bytes=8 * 64 * 3 * 4 * 320 * 4, enable_prefix_caching=True)
+    serve(tight, crowd())  # fills the prefix cache
+    for engine in (plain, tight):
+        asked = crowd(num_logprobs=3, num_prompt_logprobs=2)
+        events = serve(engine, asked)
+        for sequence in asked:
+            with torch.inference_mode():
+                logit_TV = theirs(torch.tensor([sequence.tokens])).logits[0]
+            expected_TV = torch.log_softmax(logit_TV.double(), dim=-1)
+            first, *rest = events[sequence.id]
+            told = [*(first.prompt_logprobs or []), *(e.logprobs for e in events[sequence.id] if e.logprobs)]
+            assert len(told) == len(sequence.tokens) - 1
+            assert all(event.prompt_logprobs is None for event in rest)
+            for position, (found, row_V) in enumerate(zip(told, expected_TV, strict=False)):
+                num_top = 2 if position < len(sequence.prompt) - 1 else 3
+                assert found.token == sequence.tokens[position + 1]
+                assert found.logprob == pytest.approx(row_V[found.token].item(), abs=1e-3)
+                assert len(found.top) == num_top
+                top = [value for _, value in found.top]
+                assert top == pytest.approx(row_V.topk(num_top).values.tolist(), abs=1e-3)
+                assert found.rank >= 1 + (row_V > row_V[found.token] + 2e-3).sum()
+                assert found.rank <= 1 + (row_V > row_V[found.token] - 2e-3).sum()
+    assert tight.stats.total_preemptions > 0
+
+
+def test_a_seeded_request_is_the_same_alone_and_in_company_with_penalties(lite: Path) -> None:
+    settings = MIXED[2]
+
+    def last() -> Sequence:
+        return Sequence("x", prompt(40, seed=3), 30, settings, frozenset())
+
+    alone = serve(build(lite, "mla", 512), [last()])["x"]
+    company = serve(build(lite, "mla", 40), [*crowd(), last()])["x"]
+    assert [event.token for event in company] == [event.token for event in alone]
+    unpenalised = Sequence("x", prompt(40, seed=3), 30, replace(settings, frequency_penalty=0), frozenset())
+    assert [e.token for e in serve(build(lite, "mla", 512), [unpenalised])["x"]] != [e.token for e in alone]

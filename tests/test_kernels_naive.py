@@ -7,17 +7,18 @@ import pytest
 import torch
 from torch import Tensor
 
+from stackrace.backends.mla.config import yarn_mscale
 from stackrace.kernels.gqa_decode.naive import gqa_decode
 from stackrace.kernels.mha_prefill.naive import mha_prefill
 from stackrace.kernels.mla_decode.naive import mla_decode
-from stackrace.kernels.moe.naive import Routing, experts, route_softmax, silu_and_mul
+from stackrace.kernels.moe.naive import Routing, experts, route, silu_and_mul
 from stackrace.kernels.rms_norm.naive import rms_norm
 from stackrace.kernels.rotary.naive import (
     frequencies,
+    llama3_frequencies,
     rotate,
     rotation_table,
     yarn_frequencies,
-    yarn_mscale,
 )
 
 PAGE = 64
@@ -100,17 +101,19 @@ def test_decode_of_nothing_is_zero() -> None:
     assert gqa_decode(torch.ones(1, 2, 4), empty, empty, table, length, 1.0).eq(0).all()
 
 
+@pytest.mark.parametrize(("heads", "kv_heads"), [(3, 3), (6, 2), (4, 1)])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-def test_mha_prefill(dtype: torch.dtype) -> None:
-    heads, scale = 3, 0.2
+def test_mha_prefill(heads: int, kv_heads: int, dtype: torch.dtype) -> None:
+    scale = 0.2
     new, context = [1, 5, 128, 129, 300], [1, 70, 128, 200, 300]
     query_starts = [0, *torch.tensor(new).cumsum(0).tolist()]
     context_starts = [0, *torch.tensor(context).cumsum(0).tolist()]
     q, key, value = (
-        normal(rows, heads, width, seed=width).to(dtype)
-        for rows, width in ((sum(new), 24), (sum(context), 24 + 0), (sum(context), 16))
+        normal(rows, number, width, seed=width).to(dtype)
+        for rows, number, width in ((sum(new), heads, 24), (sum(context), kv_heads, 24), (sum(context), kv_heads, 16))
     )
     found = mha_prefill(q, key, value, query_starts, context_starts, scale)
+    key, value = (rows.repeat_interleave(heads // kv_heads, 1) for rows in (key, value))
     expected = []
     for number, (count, length) in enumerate(zip(new, context, strict=True)):
         start = context_starts[number]
@@ -141,7 +144,7 @@ def test_experts(num_tokens: int) -> None:
     number, chosen, hidden, width = 8, 3, 16, 12
     x, gate_up = normal(num_tokens, hidden), normal(number, 2 * width, hidden, seed=1)
     down = normal(number, hidden, width, seed=2)
-    routing = route_softmax(normal(num_tokens, number, seed=3), chosen, renormalise=False, scale=1.0)
+    routing = route(normal(num_tokens, number, seed=3), None, chosen, 1, 1, renormalise=False, scale=1.0)
     expected = torch.zeros_like(x)
     for row, (ids, weights) in enumerate(zip(routing.expert_TK.tolist(), routing.weight_TK, strict=True)):
         for expert, weight in zip(ids, weights, strict=True):
@@ -157,14 +160,41 @@ def test_experts_never_hit_are_not_read() -> None:
     assert experts(torch.ones(3, 5), gate_up, down, routing).isfinite().all()
 
 
-def test_routing_weighs_by_the_probability_among_all_experts() -> None:
-    logits = torch.tensor([[0.0, 1.0, 2.0, 3.0]]).double()
-    ids, weights = route_softmax(logits, 2, renormalise=False, scale=1.0)
-    probability = logits.exp() / logits.exp().sum()
-    assert sorted(ids[0].tolist()) == [2, 3]
-    assert torch.allclose(weights, probability.gather(1, ids))
-    renormalised = route_softmax(logits, 2, renormalise=True, scale=2.5).weight_TK
-    assert torch.allclose(renormalised.sum(), torch.tensor(2.5).double())
+def chosen(logits: list[float], bias: list[float] | None, groups: int, kept: int, count: int) -> dict[int, float]:
+    """One token's experts and their scores, written out: softmax and best, or sigmoid, bias and two best together."""
+    if bias is None:
+        total = sum(math.exp(logit) for logit in logits)
+        score = choice = [math.exp(logit) / total for logit in logits]
+    else:
+        score = [1 / (1 + math.exp(-logit)) for logit in logits]
+        choice = [s + b for s, b in zip(score, bias, strict=True)]
+    size = len(logits) // groups
+    members = [range(group * size, (group + 1) * size) for group in range(groups)]
+    best = 1 if bias is None else 2
+    members.sort(key=lambda group: sum(sorted(choice[e] for e in group)[-best:]), reverse=True)
+    allowed = [expert for group in members[:kept] for expert in group]
+    return {expert: score[expert] for expert in sorted(allowed, key=lambda e: choice[e], reverse=True)[:count]}
+
+
+@pytest.mark.parametrize("corrected", [False, True])
+@pytest.mark.parametrize(("groups", "kept", "count"), [(1, 1, 3), (4, 2, 3), (4, 1, 4), (8, 3, 6), (2, 2, 5)])
+def test_routing(corrected: bool, groups: int, kept: int, count: int) -> None:
+    logits = normal(60, 16, seed=groups)
+    bias = normal(16, seed=5) * 0.3 if corrected else None
+    plain = route(logits, bias, count, groups, kept, renormalise=False, scale=2.5)
+    shared = route(logits, bias, count, groups, kept, renormalise=True, scale=2.5)
+    for row, token in enumerate(logits.tolist()):
+        expected = chosen(token, None if bias is None else bias.tolist(), groups, kept, count)
+        for routing, total in ((plain, 1), (shared, sum(expected.values()))):
+            found = dict(zip(routing.expert_TK[row].tolist(), routing.weight_TK[row].tolist(), strict=True))
+            assert found == pytest.approx({e: 2.5 * score / total for e, score in expected.items()}, rel=1e-12)
+
+
+def test_the_correction_changes_the_choice_and_not_the_weight() -> None:
+    logits = torch.tensor([[2.0, 1.0, 0.5, 0.0]])
+    ids, weights = route(logits, torch.tensor([0.0, 0.0, 0.0, 1.0]), 2, 1, 1, renormalise=False, scale=1.0)
+    assert sorted(ids[0].tolist()) == [0, 3]
+    assert torch.equal(weights, logits.sigmoid().gather(1, ids))
 
 
 def test_silu_and_mul_and_rms_norm() -> None:
@@ -175,21 +205,23 @@ def test_silu_and_mul_and_rms_norm() -> None:
     assert_close(rms_norm(x, weight, 1e-6), x / rms * weight, torch.float64)
 
 
-def test_rotation_turns_neighbouring_pairs() -> None:
+@pytest.mark.parametrize("interleaved", [True, False])
+def test_rotation_turns_pairs(interleaved: bool) -> None:
     width, theta = 8, 10000.0
     x = normal(5, 2, width)
     table = rotation_table(frequencies(width, theta, torch.float64), 100, 1.0)
     positions = torch.tensor([0, 1, 7, 50, 99])
-    found = rotate(x, table[positions])
+    found = rotate(x, table[positions], interleaved)
     for row, position in enumerate(positions.tolist()):
         for head in range(2):
             for pair in range(width // 2):
-                number = complex(x[row, head, 2 * pair], x[row, head, 2 * pair + 1])
+                real, imaginary = (2 * pair, 2 * pair + 1) if interleaved else (pair, pair + width // 2)
+                number = complex(x[row, head, real], x[row, head, imaginary])
                 turned = number * cmath.exp(1j * position * theta ** (-2 * pair / width))
-                assert found[row, head, 2 * pair] == pytest.approx(turned.real, abs=1e-12)
-                assert found[row, head, 2 * pair + 1] == pytest.approx(turned.imag, abs=1e-12)
+                assert found[row, head, real] == pytest.approx(turned.real, abs=1e-12)
+                assert found[row, head, imaginary] == pytest.approx(turned.imag, abs=1e-12)
     for dtype in (torch.float32, torch.bfloat16):
-        assert_close(rotate(x.to(dtype), table[positions].to(torch.complex64)), found, dtype)
+        assert_close(rotate(x.to(dtype), table[positions].to(torch.complex64), interleaved), found, dtype)
 
 
 def test_yarn_of_deepseek_v2_lite() -> None:
@@ -205,3 +237,16 @@ def test_yarn_of_deepseek_v2_lite() -> None:
     assert yarn_mscale(40, 0.707) ** 2 * 192**-0.5 == pytest.approx(0.11472, abs=5e-6)
     assert yarn_mscale(40, 1.0) ** 2 * 192**-0.5 == pytest.approx(0.13523, abs=5e-6)
     assert yarn_mscale(1.0, 0.707) == 1.0
+
+
+def test_llama3_keeps_short_waves_and_stretches_long_ones() -> None:
+    """Llama 3.1's wavelengths: to 8192/4 as they are, from 8192 on 8 times as long, with a ramp between."""
+    plain = frequencies(128, 500000.0, torch.float64)
+    found = llama3_frequencies(128, 500000.0, 8.0, 4.0, 1.0, 8192, torch.float64)
+    for before, after in zip(plain.tolist(), found.tolist(), strict=True):
+        turns = before * 8192 / (2 * math.pi)
+        smooth = (turns - 1) / (4 - 1)
+        ramp = (1 - smooth) * before / 8 + smooth * before
+        expected = before if turns > 4 else before / 8 if turns < 1 else ramp
+        assert after == pytest.approx(expected, rel=1e-12)
+    assert 0 < int(((found < plain) & (found > plain / 8)).sum()) < 64

@@ -9,8 +9,7 @@ import yaml
 from stackrace.backends import checkpoint
 from stackrace.backends.mla import engine as engines
 from stackrace.backends.mla import model
-from stackrace.backends.mla.scheduler import Sequence
-from stackrace.harness.types import Sampling
+from stackrace.backends.mla.sequence import Sampling, Sequence
 
 STREAMS = 16
 
@@ -19,10 +18,10 @@ def test_a_decode_step_hits_as_many_experts_as_even_routing_would(tmp_path, monk
     tiny = yaml.safe_load(resources.files("stackrace.conf").joinpath("model", "tiny.yaml").read_text())
     config = tiny["config"]
     made = checkpoint.make(config, tmp_path / "tiny", tiny["seed"], tiny["shard_bytes"], "cpu")
-    settings = engines.Settings(made.path, "mla", "float32", "cpu", STREAMS, 512, 256, 60_000_000)
+    settings = engines.Settings(made.path, "mla", "float32", "cpu", STREAMS, 512, 256, 60_000_000, False)
     engine = engines.build(settings, made)
     hit = []
-    route = model.route_softmax
+    route = model.route
 
     def note(logit_TE, *args):
         routing = route(logit_TE, *args)
@@ -30,11 +29,11 @@ def test_a_decode_step_hits_as_many_experts_as_even_routing_would(tmp_path, monk
             hit.append(len(routing.expert_TK.unique()))
         return routing
 
-    monkeypatch.setattr(model, "route_softmax", note)
+    monkeypatch.setattr(model, "route", note)
     rng = random.Random(0)
     for i in range(STREAMS):
         prompt = [rng.randrange(4, config["vocab_size"]) for _ in range(40)]
-        engine.submit(Sequence(str(i), prompt, 40, Sampling(0, 1, 0, i), frozenset()))
+        engine.submit(Sequence(str(i), prompt, 40, Sampling(seed=i, temperature=0), frozenset()))
     while not engine.idle:
         engine.step()
     num_experts, num_chosen = config["n_routed_experts"], config["num_experts_per_tok"]

@@ -9,11 +9,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from stackrace.backends.checkpoint import Checkpoint
 from stackrace.backends.running import Engine, Placement
 from stackrace.harness.errors import UsageError, require
 from stackrace.harness.types import Endpoint
 
-_NO_IDENTITY = ("port", "checkpoint", "startup_timeout", "stop_grace")
+_NO_IDENTITY = ("port", "host", "api_key_env", "checkpoint", "startup_timeout", "stop_grace", "shutdown_timeout")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,10 +47,17 @@ class Backend(ABC):
             seconds = getattr(self, name)
             require(f"backend.{name}", seconds, (int, float), lambda v: v > 0, "a number of seconds above 0")
 
+    def check_weights(self, weights: Checkpoint) -> None:  # noqa: B027 (most stacks take any)
+        """Raise a UsageError if it cannot serve this checkpoint; called before anything runs."""
+
     def check_port(self) -> None:
         """Raise a UsageError if the port that was asked for is taken; called while none of our engines runs."""
         if self.port and not _is_free(self.port):
             raise UsageError(f"backend.port={self.port} is in use: stop what listens there, or set backend.port=0")
+
+    def headers(self) -> dict[str, str]:
+        """Headers that requests must carry; secrets, so they stay in memory."""
+        return {}
 
     def environment(self) -> dict[str, str]:
         """Variables besides those of the harness; kept with the run."""
@@ -73,7 +81,7 @@ class Backend(ABC):
         """
         self.check_port()
         at = Placement(folder=folder.resolve(), cores=cores, port=self.port or _free_port())
-        endpoint = Endpoint(f"http://127.0.0.1:{at.port}", self.model, {}, self.extra_body, self.omit)
+        endpoint = Endpoint(f"http://127.0.0.1:{at.port}", self.model, self.headers(), self.extra_body, self.omit)
         engine = Engine(self.name, self.command(at), self.environment(), at, self.stop_grace, endpoint)
         try:
             engine.wait_for_token(self.startup_timeout)

@@ -6,18 +6,23 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from stackrace.backends import seeded
+from stackrace.backends.architectures import MODEL_TYPES, is_spare, kv_widths, tensor_shapes
 from stackrace.backends.seeded import INDEX, Shape
 from stackrace.harness.errors import UsageError
 
-MODEL_TYPES = ("deepseek_v2",)
 SINGLE = "model.safetensors"
 AGAIN = "make or copy the checkpoint again"
+CHAT_TEMPLATE = (  # bos, then two tokens a message beside its words: its role's and eos
+    "{% set roles = {'system': 't4', 'user': 't5', 'assistant': 't6'} %}{{ bos_token }}"
+    "{% for message in messages %}{{ roles.get(message.role, 't7') }} {{ message.content }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}t6{% endif %}"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,60 +46,8 @@ class Checkpoint:
     identity: str  # names the weights: equal for equal bits, whatever the shard size
 
     def kv_bytes_per_token(self, attention: str, element_bytes: int) -> int:
-        """Cache bytes one token takes in all layers; `attention` is mla (latents) or mha (expanded)."""
-        return int(self.config["num_hidden_layers"]) * kv_width(self.config, attention) * element_bytes
-
-
-def kv_width(config: Mapping[str, Any], attention: str) -> int:
-    """Numbers cached for one token in one layer."""
-    if attention == "mla":
-        return int(config["kv_lora_rank"] + config["qk_rope_head_dim"])
-    head = config["qk_nope_head_dim"] + config["qk_rope_head_dim"] + config["v_head_dim"]
-    return int(config["num_attention_heads"] * head)
-
-
-def tensor_shapes(config: Mapping[str, Any]) -> dict[str, Shape]:
-    """Every tensor a checkpoint with this config holds, in forward order. KeyError: a key lacks."""
-    vocab, hidden = config["vocab_size"], config["hidden_size"]
-    shapes: dict[str, Shape] = {"model.embed_tokens.weight": (vocab, hidden)}
-    for layer in range(config["num_hidden_layers"]):
-        prefix = f"model.layers.{layer}."
-        shapes[prefix + "input_layernorm.weight"] = (hidden,)
-        shapes |= {f"{prefix}self_attn.{name}.weight": shape for name, shape in _attention_shapes(config)}
-        shapes[prefix + "post_attention_layernorm.weight"] = (hidden,)
-        moe = layer >= config["first_k_dense_replace"]
-        mlp = _moe_shapes(config) if moe else _mlp_shapes("", hidden, config["intermediate_size"])
-        shapes |= {f"{prefix}mlp.{name}.weight": shape for name, shape in mlp}
-    return shapes | {"model.norm.weight": (hidden,), "lm_head.weight": (vocab, hidden)}
-
-
-def _attention_shapes(config: Mapping[str, Any]) -> Iterator[tuple[str, Shape]]:
-    hidden, heads, rank = config["hidden_size"], config["num_attention_heads"], config["kv_lora_rank"]
-    nope, rope, value = config["qk_nope_head_dim"], config["qk_rope_head_dim"], config["v_head_dim"]
-    q_rank = config["q_lora_rank"]
-    if q_rank is None:
-        yield "q_proj", (heads * (nope + rope), hidden)
-    else:
-        yield "q_a_proj", (q_rank, hidden)
-        yield "q_a_layernorm", (q_rank,)
-        yield "q_b_proj", (heads * (nope + rope), q_rank)
-    yield "kv_a_proj_with_mqa", (rank + rope, hidden)
-    yield "kv_a_layernorm", (rank,)
-    yield "kv_b_proj", (heads * (nope + value), rank)
-    yield "o_proj", (hidden, heads * value)
-
-
-def _moe_shapes(config: Mapping[str, Any]) -> Iterator[tuple[str, Shape]]:
-    hidden, width = config["hidden_size"], config["moe_intermediate_size"]
-    yield "gate", (config["n_routed_experts"], hidden)
-    for expert in range(config["n_routed_experts"]):
-        yield from _mlp_shapes(f"experts.{expert}.", hidden, width)
-    yield from _mlp_shapes("shared_experts.", hidden, width * config["n_shared_experts"])
-
-
-def _mlp_shapes(prefix: str, hidden: int, width: int) -> list[tuple[str, Shape]]:
-    wide, narrow = (width, hidden), (hidden, width)
-    return [(prefix + "gate_proj", wide), (prefix + "up_proj", wide), (prefix + "down_proj", narrow)]
+        """Cache bytes one token takes in all layers; `attention` is one of kv_widths' kinds."""
+        return int(self.config["num_hidden_layers"]) * kv_widths(self.config)[attention] * element_bytes
 
 
 def check(path: Path) -> Checkpoint:
@@ -114,7 +67,7 @@ def check(path: Path) -> Checkpoint:
         name: TensorInfo(shard, entry["dtype"], tuple(entry["shape"]))
         for shard, header in headers.items()
         for name, entry in header.items()
-        if name != "__metadata__"
+        if name in shapes or not (name == "__metadata__" or is_spare(config, name))
     }
     _compare(path, shapes, tensors)
     sizes = {shard: (path / shard).stat().st_size for shard in shards}
@@ -217,17 +170,20 @@ def _claim(lock: int, out: Path, partial: Path) -> None:
 
 def _write_small_files(folder: Path, config: Mapping[str, Any]) -> None:
     bos, eos = config["bos_token_id"], config["eos_token_id"]
+    end = eos[0] if isinstance(eos, list) else eos
+    words = {min({0, 1, 2} - {bos, end}): "<unk>", bos: "<s>", end: "</s>"}  # bos may be the end
     contents = {
         "config.json": config,
         "generation_config.json": {"bos_token_id": bos, "eos_token_id": eos},
-        "tokenizer.json": _tokenizer(config["vocab_size"], {0: "<unk>", bos: "<s>", eos: "</s>"}),
+        "tokenizer.json": _tokenizer(config["vocab_size"], words),
         "tokenizer_config.json": {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "model_max_length": config["max_position_embeddings"],
             "clean_up_tokenization_spaces": False,
             "unk_token": "<unk>",
-            "bos_token": "<s>",
-            "eos_token": "</s>",
+            "bos_token": words[bos],
+            "eos_token": words[end],
+            "chat_template": CHAT_TEMPLATE,
         },
     }
     for name, content in contents.items():

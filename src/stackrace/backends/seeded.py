@@ -21,7 +21,7 @@ Shape = tuple[int, ...]
 
 
 def write(folder: Path, shapes: Mapping[str, Shape], std: float, seed: int, shard_bytes: int, device: str) -> None:
-    """Safetensors shards in bf16 and their index: matrices N(0, std), vectors (norms) 1.
+    """Safetensors shards in bf16 and their index: matrices and biases N(0, std), norms 1.
 
     A shard exceeds `shard_bytes` only if one tensor does. At most one chunk is in memory at a time.
     """
@@ -74,7 +74,7 @@ def _write_tensor(file: BinaryIO, name: str, shape: Shape, seed: int, table: "Te
     import torch
 
     size = math.prod(shape)
-    if len(shape) == 1:  # a norm
+    if len(shape) == 1 and not name.endswith("bias"):  # a norm
         file.write(torch.ones(size, dtype=torch.bfloat16).view(torch.uint8).numpy().data)
         return
     chunk = CHUNK if table.device.type == "cpu" else CHUNK_DEVICE

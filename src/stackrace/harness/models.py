@@ -6,6 +6,7 @@ from pathlib import Path
 import yaml
 
 from stackrace.backends import checkpoint
+from stackrace.backends.architectures import kv_widths
 from stackrace.harness.errors import UsageError
 
 
@@ -33,12 +34,10 @@ def inspect(path: Path) -> str:
             f"identity {found.identity}",
             f"{config['num_hidden_layers']} layers, {config['num_attention_heads']} heads, "
             f"context {config['max_position_embeddings']:,}, vocabulary {config['vocab_size']:,}",
-            *(_kv_line(found, attention) for attention in ("mla", "mha")),
+            *(
+                f"KV cache as {attention}: {width:,} values a token and layer, "
+                f"{found.kv_bytes_per_token(attention, 2):,} bytes a token in bf16"
+                for attention, width in kv_widths(config).items()
+            ),
         ]
     )
-
-
-def _kv_line(found: checkpoint.Checkpoint, attention: str) -> str:
-    width = checkpoint.kv_width(found.config, attention)
-    per_token = 2 * width * found.config["num_hidden_layers"]
-    return f"KV cache as {attention}: {width:,} values a token and layer, {per_token:,} bytes a token in bf16"

@@ -194,7 +194,9 @@ def _weights(backend: Backend, model: Mapping[str, Any]) -> str | None:
     path = Path(backend.checkpoint)
     if not path.exists() and model["auto_make"]:
         checkpoint.make(model["config"], path, model["seed"], model["shard_bytes"], "cpu")
-    return checkpoint.check(path).identity
+    weights = checkpoint.check(path)
+    backend.check_weights(weights)
+    return weights.identity
 
 
 def _check_lengths(race: Schedule, backend: Backend) -> None:

@@ -1,11 +1,10 @@
-"""The key-value cache: pages of 64 tokens, a free list, and the tensors they number."""
-
-from collections.abc import Sequence
+"""The key-value cache: pages of 64 tokens, and the tensors that they number."""
 
 import torch
 from torch import Tensor
 
-from stackrace.backends.mla.config import ModelConfig
+from stackrace.backends.mla.config import Grouped, ModelConfig
+from stackrace.harness.errors import UsageError
 
 PAGE = 64  # tokens a page
 
@@ -13,10 +12,20 @@ LayerCache = tuple[Tensor, ...]  # each [pages, PAGE, ...]: one of latents, or k
 
 
 def row_shapes(config: ModelConfig, attention: str) -> list[tuple[int, ...]]:
-    """What one token leaves in one layer: a latent (mla), or a key and a value for each head (mha)."""
-    if attention == "mla":
-        return [(config.latent_width,)]
-    return [(config.num_heads, config.qk_width), (config.num_heads, config.v_width)]
+    """What one token leaves in one layer: a latent (mla), or keys and values of all heads (mha) or groups (gqa).
+
+    UsageError: the model cannot be run with this kind of attention.
+    """
+    kv = config.kv
+    kinds: dict[str, list[tuple[int, ...]]]
+    if isinstance(kv, Grouped):
+        kinds = {"gqa": [(kv.num_heads, kv.qk_width), (kv.num_heads, kv.v_width)]}
+    else:
+        heads = config.num_heads
+        kinds = {"mla": [(kv.cached_width,)], "mha": [(heads, kv.qk_width), (heads, kv.v_width)]}
+    if attention not in kinds:
+        raise UsageError(f"attention {attention!r} is not this model's: it takes {' or '.join(kinds)}")
+    return kinds[attention]
 
 
 def token_bytes(config: ModelConfig, attention: str, dtype: torch.dtype) -> int:
@@ -39,25 +48,3 @@ def allocate(
 def num_pages_for(num_tokens: int) -> int:
     """Pages that hold `num_tokens`."""
     return -(-num_tokens // PAGE)
-
-
-class PagePool:
-    """Which pages are free. A page belongs to one sequence at a time, in every layer."""
-
-    def __init__(self, num_pages: int) -> None:
-        self.num_pages = num_pages
-        self._free = list(range(num_pages - 1, -1, -1))
-
-    @property
-    def num_free(self) -> int:
-        """Pages nobody holds."""
-        return len(self._free)
-
-    def take(self, count: int) -> list[int]:
-        """`count` pages, lowest numbers first on a fresh pool. The caller has seen that so many are free."""
-        assert count <= len(self._free)
-        return [self._free.pop() for _ in range(count)]
-
-    def give_back(self, pages: Sequence[int]) -> None:
-        """Return pages taken before."""
-        self._free.extend(reversed(pages))

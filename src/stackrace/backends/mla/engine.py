@@ -1,5 +1,8 @@
 """The engine: a step is schedule, run, postprocess."""
 
+import json
+from collections.abc import Callable
+from collections.abc import Sequence as Many
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,9 +12,14 @@ from stackrace.backends import checkpoint as checkpoints
 from stackrace.backends.mla import cache, weights
 from stackrace.backends.mla.config import parse
 from stackrace.backends.mla.model import Model
-from stackrace.backends.mla.runner import Runner
-from stackrace.backends.mla.scheduler import Scheduler, Sequence
+from stackrace.backends.mla.pages import PagePool
+from stackrace.backends.mla.runner import Runner, Sampled
+from stackrace.backends.mla.scheduler import Scheduler, Work
+from stackrace.backends.mla.sequence import Sequence, TokenLogprobs
+from stackrace.harness.clock import SECOND, now
 from stackrace.harness.errors import UsageError
+
+MAX_LOGPROBS = 20  # likeliest tokens that may be told of a position, as vLLM
 
 
 class TokenEvent(NamedTuple):
@@ -20,30 +28,46 @@ class TokenEvent(NamedTuple):
     id: str
     token: int
     finish_reason: str | None
+    logprobs: TokenLogprobs | None = None
+    prompt_logprobs: list[TokenLogprobs] | None = None  # with the first token, where wanted
+    cached_tokens: int = 0  # of the prompt, found in the prefix cache
+    admitted: int = 0  # when its first step began, ns of the clock
+
+
+class Step(NamedTuple):
+    """What one step did, and how long it took."""
+
+    start: int  # ns of the clock
+    seconds: float
+    phase: str  # prefill, decode or mixed
+    num_sequences: int
+    num_tokens: int  # computed
+    num_kv_tokens: int  # attended to: the contexts of all its sequences
 
 
 class Stats(NamedTuple):
-    """Gauges, and counters since the start (`_total`)."""
+    """Gauges, and counters since the start (`total_`)."""
 
-    num_requests_running: int
-    num_requests_waiting: int
-    kv_cache_usage_perc: float  # 0 to 1, as vLLM's
-    iterations_total: int
-    computed_tokens_total: int  # run through the model: prompts, and outputs fed back
-    generation_tokens_total: int
+    num_running: int
+    num_waiting: int
+    kv_cache_usage: float  # share of pages that somebody holds
+    total_preemptions: int
+    total_prefix_queries: int  # tokens looked for in the prefix cache
+    total_prefix_hits: int  # and found there
 
 
 class Settings(NamedTuple):
     """How an engine is built, by vLLM's names."""
 
     checkpoint: Path
-    attention: str  # mla caches latents, mha caches every head's keys and values
+    attention: str  # mla caches latents, mha every head's keys and values, gqa those of a model without latents
     dtype: str  # float32 or bfloat16; float64 for judging kernels
     device: str
     max_num_seqs: int
     max_num_batched_tokens: int
     max_model_len: int
     kv_cache_memory_bytes: int
+    enable_prefix_caching: bool
 
 
 class Engine:
@@ -52,21 +76,19 @@ class Engine:
     def __init__(self, scheduler: Scheduler, runner: Runner) -> None:
         self.scheduler = scheduler
         self.runner = runner
-        self._num_steps = 0
-        self._num_computed = 0
-        self._num_generated = 0
+        self.observers: list[Callable[[Step], object]] = []  # told of each step
 
     @property
     def stats(self) -> Stats:
         """The state between two steps."""
         scheduler, pool = self.scheduler, self.scheduler.pool
         return Stats(
-            num_requests_running=len(scheduler.running),
-            num_requests_waiting=len(scheduler.waiting),
-            kv_cache_usage_perc=1 - pool.num_free / pool.num_pages,
-            iterations_total=self._num_steps,
-            computed_tokens_total=self._num_computed,
-            generation_tokens_total=self._num_generated,
+            num_running=len(scheduler.running),
+            num_waiting=len(scheduler.waiting),
+            kv_cache_usage=1 - pool.num_free / pool.num_pages,
+            total_preemptions=scheduler.num_preemptions,
+            total_prefix_queries=scheduler.num_queried,
+            total_prefix_hits=scheduler.num_found,
         )
 
     @property
@@ -82,25 +104,47 @@ class Engine:
         """Drop a request and free its pages; no event follows."""
         self.scheduler.abort(id)
 
+    def reset_prefix_cache(self) -> None:
+        """Forget what full pages hold: requests from now on find nothing of what was computed before."""
+        self.scheduler.pool.reset()
+
     def step(self) -> list[TokenEvent]:
         """One forward pass over the scheduled work; events in the order of the batch."""
+        start = now()
         work = self.scheduler.schedule()
         if not work:
             return []
+        for sequence, _ in work:
+            sequence.admitted = sequence.admitted or start
         sampled = self.runner.run(work)
-        for sequence, count in work:
-            sequence.num_computed += count
-            self._num_computed += count
-        self._num_steps += 1
-        self._num_generated += len(sampled)
-        return [self._append(sequence, token) for sequence, token in sampled]
+        step = _describe(work, start)
+        self.scheduler.computed(work)
+        events = [self._append(item) for item in sampled]
+        for observe in self.observers:
+            observe(step)
+        return events
 
-    def _append(self, sequence: Sequence, token: int) -> TokenEvent:
+    def _append(self, sampled: Sampled) -> TokenEvent:
+        sequence, token, logprobs = sampled
+        told = sequence.take_prompt_logprobs()
         sequence.tokens.append(token)
         reason = sequence.finish_reason()
         if reason:
             self.scheduler.finish(sequence)
-        return TokenEvent(sequence.id, token, reason)
+        return TokenEvent(sequence.id, token, reason, logprobs, told, sequence.num_cached or 0, sequence.admitted)
+
+
+def _describe(work: Many[Work], start: int) -> Step:
+    """The step that has just run over `work`."""
+    decoding = [item.sequence.num_output > 0 and item.sequence.num_uncomputed == 1 for item in work]
+    return Step(
+        start=start,
+        seconds=(now() - start) / SECOND,
+        phase="decode" if all(decoding) else "mixed" if any(decoding) else "prefill",
+        num_sequences=len(work),
+        num_tokens=sum(count for _, count in work),
+        num_kv_tokens=sum(sequence.num_computed + count for sequence, count in work),
+    )
 
 
 class Limits(NamedTuple):
@@ -125,7 +169,15 @@ def limits(settings: Settings, checkpoint: checkpoints.Checkpoint) -> Limits:
     if not num_pages:
         given = settings.kv_cache_memory_bytes
         raise UsageError(f"--kv-cache-memory-bytes {given} is under a page of {cache.PAGE} tokens; raise it")
-    return Limits(config.vocab_size, settings.max_model_len, num_pages * cache.PAGE, config.eos_tokens)
+    eos_tokens = config.eos_tokens | _generation_eos(checkpoint.path)
+    return Limits(config.vocab_size, settings.max_model_len, num_pages * cache.PAGE, eos_tokens)
+
+
+def _generation_eos(folder: Path) -> frozenset[int]:
+    """End-of-text tokens that generation_config.json adds, as chat models need them."""
+    path = folder / "generation_config.json"
+    eos = json.loads(path.read_bytes()).get("eos_token_id") if path.exists() else None
+    return frozenset([] if eos is None else eos if isinstance(eos, list) else [eos])
 
 
 def _num_pages(settings: Settings, checkpoint: checkpoints.Checkpoint) -> int:
@@ -142,5 +194,10 @@ def build(settings: Settings, checkpoint: checkpoints.Checkpoint) -> Engine:
     weights.load(checkpoint, model.destinations())
     num_pages = _num_pages(settings, checkpoint)
     pages = cache.allocate(config, settings.attention, num_pages, dtype, device)
-    scheduler = Scheduler(cache.PagePool(num_pages), settings.max_num_seqs, settings.max_num_batched_tokens)
+    scheduler = Scheduler(
+        PagePool(num_pages),
+        settings.max_num_seqs,
+        settings.max_num_batched_tokens,
+        settings.enable_prefix_caching,
+    )
     return Engine(scheduler, Runner(model, pages, device))

@@ -1,4 +1,4 @@
-"""DeepSeek-V2: embedding, layers of attention and (mixtures of) feed-forward networks, logits.
+"""The model: embedding, layers of attention and (mixtures of) feed-forward networks, logits.
 
 Letters: T tokens of a batch, S sampled rows, D hidden, E experts, P positions, F frequencies, V vocabulary.
 """
@@ -10,70 +10,76 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding, linear
 
-from stackrace.backends.mla.attention import KINDS, Batch, parameter
+from stackrace.backends.mla.attention import KINDS, Batch
 from stackrace.backends.mla.cache import LayerCache
-from stackrace.backends.mla.config import ModelConfig, Rope
-from stackrace.kernels.moe.naive import experts, route_softmax, silu_and_mul
+from stackrace.backends.mla.config import Mixture, ModelConfig, Rope
+from stackrace.backends.mla.projection import Projection, parameter
+from stackrace.kernels.moe.naive import experts, route, silu_and_mul
 from stackrace.kernels.rms_norm.naive import rms_norm
-from stackrace.kernels.rotary.naive import frequencies, rotation_table, yarn_frequencies, yarn_mscale
+from stackrace.kernels.rotary.naive import frequencies, llama3_frequencies, rotation_table, yarn_frequencies
+
+STRETCHED = {"llama3": llama3_frequencies, "yarn": yarn_frequencies}
 
 
 def rotations(rope: Rope, width: int, num_positions: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """The model's rotation of every position, complex [num_positions, F]; `dtype` is that of the angles."""
-    if rope.factor == 1:
-        return rotation_table(frequencies(width, rope.theta, dtype).to(device), num_positions, 1.0)
-    ramp = (rope.factor, rope.beta_fast, rope.beta_slow, rope.original_positions)
-    frequency_F = yarn_frequencies(width, rope.theta, *ramp, dtype).to(device)
-    magnitude = yarn_mscale(rope.factor, rope.mscale) / yarn_mscale(rope.factor, rope.mscale_all_dim)
-    return rotation_table(frequency_F, num_positions, magnitude)
+    if rope.kind in STRETCHED:
+        ramp = rope.factor, rope.fast, rope.slow, rope.original_positions
+        frequency_F = STRETCHED[rope.kind](width, rope.theta, *ramp, dtype)
+    else:
+        frequency_F = frequencies(width, rope.theta, dtype) / rope.factor
+    return rotation_table(frequency_F.to(device), num_positions, rope.magnitude)
 
 
 class FeedForward(nn.Module):
     """down(silu(gate x) * up x)."""
 
-    def __init__(self, hidden: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, hidden: int, width: int, bias: bool, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
-        self.gate_up_proj = parameter(2 * width, hidden, dtype=dtype, device=device)
-        self.down_proj = parameter(hidden, width, dtype=dtype, device=device)
+        self.gate_up_proj = Projection({"gate_proj": width, "up_proj": width}, hidden, bias, dtype, device)
+        self.down_proj = Projection({"down_proj": hidden}, width, bias, dtype, device)
 
     def destinations(self) -> dict[str, Tensor]:
         """Where each of the checkpoint's tensors goes, by its name below `mlp`."""
-        gate, up = self.gate_up_proj.chunk(2)
-        return {"gate_proj": gate, "up_proj": up, "down_proj": self.down_proj}
+        return self.gate_up_proj.destinations() | self.down_proj.destinations()
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """[T, D] from [T, D]."""
-        return linear(silu_and_mul(linear(x_TD, self.gate_up_proj)), self.down_proj)
+        out_TD: Tensor = self.down_proj(silu_and_mul(self.gate_up_proj(x_TD)))
+        return out_TD
 
 
 class Experts(nn.Module):
     """A few routed experts for each token, and the shared ones for all."""
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, mixture: Mixture, hidden: int, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
-        self.config = config
-        number, width, hidden = config.num_experts, config.expert_width, config.hidden_size
+        self.mixture = mixture
+        number, width, wide = mixture.num_experts, mixture.width, torch.promote_types(dtype, torch.float32)
         self.gate = parameter(number, hidden, dtype=dtype, device=device)
+        self.correction = parameter(number, dtype=wide, device=device) if mixture.corrected else None
         self.gate_up_proj = parameter(number, 2 * width, hidden, dtype=dtype, device=device)
         self.down_proj = parameter(number, hidden, width, dtype=dtype, device=device)
-        self.shared = FeedForward(hidden, width * config.num_shared_experts, dtype, device)
+        self.shared = FeedForward(hidden, width * mixture.num_shared, False, dtype, device)
 
     def destinations(self) -> dict[str, Tensor]:
         """Where each of the checkpoint's tensors goes, by its name below `mlp`."""
-        places: dict[str, Tensor] = {"gate": self.gate}
+        places: dict[str, Tensor] = {"gate.weight": self.gate}
+        if self.correction is not None:
+            places["gate.e_score_correction_bias"] = self.correction
         places |= {f"shared_experts.{name}": place for name, place in self.shared.destinations().items()}
         for expert, (gate_up, down) in enumerate(zip(self.gate_up_proj, self.down_proj, strict=True)):
             gate, up = gate_up.chunk(2)
-            places |= {f"experts.{expert}.gate_proj": gate, f"experts.{expert}.up_proj": up}
-            places[f"experts.{expert}.down_proj"] = down
+            parts = {"gate_proj": gate, "up_proj": up, "down_proj": down}
+            places |= {f"experts.{expert}.{name}.weight": part for name, part in parts.items()}
         return places
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """[T, D] from [T, D]; the router works in float32 at least, as in every implementation."""
-        config = self.config
-        wide = torch.promote_types(x_TD.dtype, torch.float32)
+        how, wide = self.mixture, torch.promote_types(x_TD.dtype, torch.float32)
         logit_TE = linear(x_TD.to(wide), self.gate.to(wide))
-        routing = route_softmax(logit_TE, config.num_chosen_experts, config.renormalise, config.routed_scale)
+        groups = how.num_groups, how.num_chosen_groups
+        routing = route(logit_TE, self.correction, how.num_chosen, *groups, how.renormalise, how.scale)
         routed_TD: Tensor = experts(x_TD, self.gate_up_proj, self.down_proj, routing)
         return routed_TD + cast(Tensor, self.shared(x_TD))
 
@@ -90,15 +96,15 @@ class Layer(nn.Module):
         self.post_norm = parameter(config.hidden_size, dtype=dtype, device=device)
         self.attention = KINDS[attention](config, dtype, device)
         self.mlp: FeedForward | Experts
-        if index < config.num_dense_layers:
-            self.mlp = FeedForward(config.hidden_size, config.intermediate_size, dtype, device)
+        if config.mixture is None or index < config.num_dense_layers:
+            self.mlp = FeedForward(config.hidden_size, config.intermediate_size, config.mlp_bias, dtype, device)
         else:
-            self.mlp = Experts(config, dtype, device)
+            self.mlp = Experts(config.mixture, config.hidden_size, dtype, device)
 
     def destinations(self) -> dict[str, Tensor]:
         """Where each of the checkpoint's tensors goes, by its name below the layer."""
-        places: dict[str, Tensor] = {"input_layernorm": self.input_norm}
-        places["post_attention_layernorm"] = self.post_norm
+        places: dict[str, Tensor] = {"input_layernorm.weight": self.input_norm}
+        places["post_attention_layernorm.weight"] = self.post_norm
         places |= {f"self_attn.{name}": place for name, place in self.attention.destinations().items()}
         return places | {f"mlp.{name}": place for name, place in self.mlp.destinations().items()}
 
@@ -131,22 +137,22 @@ class Model(nn.Module):
             Layer(config, index, attention, dtype, device) for index in range(config.num_layers)
         )
         self.norm = parameter(config.hidden_size, dtype=dtype, device=device)
-        self.head = parameter(config.vocab_size, config.hidden_size, dtype=dtype, device=device)
+        self.head = self.embed
+        if not config.tied:
+            self.head = parameter(config.vocab_size, config.hidden_size, dtype=dtype, device=device)
         angle_dtype = torch.promote_types(dtype, torch.float32)
-        table = rotations(config.rope, config.qk_rope_width, num_positions, angle_dtype, device)
+        table = rotations(config.rope, config.kv.rope_width, num_positions, angle_dtype, device)
         self.register_buffer("rotation_PF", table, persistent=False)
 
     def destinations(self) -> dict[str, Tensor]:
         """For every tensor a checkpoint must hold, the (part of a) weight it fills."""
-        places: dict[str, Tensor] = {
-            "model.embed_tokens.weight": self.embed,
-            "model.norm.weight": self.norm,
-            "lm_head.weight": self.head,
-        }
+        places: dict[str, Tensor] = {"model.embed_tokens.weight": self.embed, "model.norm.weight": self.norm}
+        if not self.config.tied:
+            places["lm_head.weight"] = self.head
         for index, layer in enumerate(self.layers):
             assert isinstance(layer, Layer)
             prefix = f"model.layers.{index}."
-            places |= {f"{prefix}{name}.weight": place for name, place in layer.destinations().items()}
+            places |= {f"{prefix}{name}": place for name, place in layer.destinations().items()}
         return places
 
     def forward(self, batch: Batch, caches: Sequence[LayerCache]) -> Tensor:

@@ -1,53 +1,11 @@
 """Continuous batching: which sequences compute how many tokens in the next step."""
 
-import random
 from collections import deque
-from collections.abc import Sequence as Many
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from stackrace.backends.mla.cache import PagePool, num_pages_for
-from stackrace.harness.types import Sampling
-
-
-@dataclass(slots=True, eq=False)
-class Sequence:
-    """One request inside the engine, from its submission to its last token."""
-
-    id: str
-    prompt: Many[int]
-    max_tokens: int  # output tokens at most, at least 1
-    sampling: Sampling
-    stop_tokens: frozenset[int]  # ends early, after giving one of these
-    tokens: list[int] = field(init=False)  # prompt and output
-    num_computed: int = 0  # tokens whose keys and values are in the cache
-    pages: list[int] = field(default_factory=list)
-    rng: random.Random = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.tokens = list(self.prompt)
-        self.rng = random.Random(self.sampling.seed)
-
-    @property
-    def num_uncomputed(self) -> int:
-        """Tokens still to be run through the model: 1 when decoding."""
-        return len(self.tokens) - self.num_computed
-
-    @property
-    def num_output(self) -> int:
-        """Tokens produced so far."""
-        return len(self.tokens) - len(self.prompt)
-
-    @property
-    def pages_needed(self) -> int:
-        """Pages for its whole life; the last output token is never fed back."""
-        return num_pages_for(len(self.prompt) + self.max_tokens - 1)
-
-    def finish_reason(self) -> str | None:
-        """`stop`, `length`, or None while it goes on; asked after each output token."""
-        if self.tokens[-1] in self.stop_tokens:
-            return "stop"
-        return "length" if self.num_output == self.max_tokens else None
+from stackrace.backends.mla.cache import PAGE, num_pages_for
+from stackrace.backends.mla.pages import PagePool, extend
+from stackrace.backends.mla.sequence import Sequence
 
 
 class Work(NamedTuple):
@@ -60,22 +18,30 @@ class Work(NamedTuple):
 class Scheduler:
     """First come, first served under a token budget; decoding goes first, long prompts in chunks.
 
-    A sequence is admitted once pages for its whole life are free and holds them to its end, so that whatever
-    was admitted finishes: no deadlock and no preemption. Nobody overtakes the first one waiting.
+    A sequence is admitted once pages for all its tokens are free, and takes a page more as its output grows. If
+    none is free then, the sequence that came last gives up all it has and goes back to the head of the queue, to
+    be computed again. So whoever runs came before whoever waits, nobody overtakes, and the first one always
+    finishes.
     """
 
-    def __init__(self, pool: PagePool, max_sequences: int, max_tokens: int) -> None:
-        """`max_tokens`, the budget of a step, must be at least `max_sequences`, or decoding would starve."""
+    def __init__(self, pool: PagePool, max_sequences: int, max_tokens: int, reuse: bool) -> None:
+        """`max_tokens`, the budget of a step, must be at least `max_sequences`, or decoding would starve.
+
+        `reuse`: full pages are found again by their content (prefix caching).
+        """
         assert max_tokens >= max_sequences > 0
         self.pool = pool
-        self.running: list[Sequence] = []
+        self.running: list[Sequence] = []  # in order of arrival
         self.waiting: deque[Sequence] = deque()
+        self.num_preemptions = 0
+        self.num_queried = 0  # tokens looked for in the prefix cache
+        self.num_found = 0  # and found there
         self._max_sequences = max_sequences
         self._max_tokens = max_tokens
+        self._reuse = reuse
 
     def submit(self, sequence: Sequence) -> None:
-        """Queue it. The caller has seen that the empty pool could hold it."""
-        assert sequence.pages_needed <= self.pool.num_pages
+        """Queue it. The caller has seen that the empty pool could hold all its tokens but the last output."""
         self.waiting.append(sequence)
 
     def abort(self, id: str) -> None:
@@ -92,25 +58,71 @@ class Scheduler:
 
     def schedule(self) -> list[Work]:
         """The next step's work: one-token work first, never more tokens than the budget; [] when idle."""
-        budget = self._max_tokens - sum(s.num_uncomputed == 1 for s in self.running)
-        work = [Work(s, 1) for s in self.running if s.num_uncomputed == 1]
+        self._grow()
+        decoding = [s for s in self.running if s.num_uncomputed == 1]
+        work = [Work(s, 1) for s in decoding]
+        budget = self._max_tokens - len(work)
         for sequence in [s for s in self.running if s.num_uncomputed > 1]:
-            budget = self._prefill(sequence, budget, work)
-        while budget and self._admissible():
-            sequence = self.waiting.popleft()
-            sequence.pages = self.pool.take(sequence.pages_needed)
-            self.running.append(sequence)
-            budget = self._prefill(sequence, budget, work)
+            budget = self._chunk(sequence, budget, work)
+        while budget and (newcomer := self._admit()):
+            budget = self._chunk(newcomer, budget, work)
         return sorted(work, key=lambda item: item.num_tokens > 1)
 
-    def _admissible(self) -> bool:
-        return (
-            bool(self.waiting)
-            and len(self.running) < self._max_sequences
-            and self.waiting[0].pages_needed <= self.pool.num_free
-        )
+    def computed(self, work: list[Work]) -> None:
+        """Note that the step has run: its tokens are in the cache, full pages can be found."""
+        for sequence, count in work:
+            first = sequence.num_computed // PAGE
+            sequence.num_computed += count
+            full = sequence.num_computed // PAGE
+            if self._reuse and full > first:
+                contents = extend(sequence.digests, sequence.tokens, full)
+                for page, content in zip(sequence.pages[first:full], contents[first:], strict=True):
+                    self.pool.publish(page, content)
 
-    def _prefill(self, sequence: Sequence, budget: int, work: list[Work]) -> int:
+    def _grow(self) -> None:
+        """A page for each running sequence that has filled its own, taken from the last to come if need be."""
+        index = 0
+        while index < len(self.running):
+            sequence = self.running[index]
+            missing = num_pages_for(len(sequence.tokens)) - len(sequence.pages)
+            if missing > self.pool.num_free:
+                self._preempt(self.running[-1])
+            else:
+                sequence.pages += self.pool.take(missing)
+                index += 1
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.finish(sequence)
+        sequence.prompt_logprobs = []
+        self.waiting.appendleft(sequence)
+        self.num_preemptions += 1
+
+    def _admit(self) -> Sequence | None:
+        """The first one waiting, with pages for all its tokens; None if there is none, or no room for it."""
+        if not self.waiting or len(self.running) == self._max_sequences:
+            return None
+        sequence = self.waiting[0]
+        found = self._find(sequence)
+        missing = num_pages_for(len(sequence.tokens)) - len(found)
+        if missing + self.pool.count_free(found) > self.pool.num_free:
+            return None
+        self.pool.share(found)
+        sequence.pages = found + self.pool.take(missing)
+        sequence.num_computed = len(found) * PAGE
+        if sequence.num_cached is None:
+            sequence.num_cached = sequence.num_computed
+            self.num_queried += len(sequence.prompt) if self._reuse else 0
+            self.num_found += sequence.num_cached
+        self.running.append(self.waiting.popleft())
+        return sequence
+
+    def _find(self, sequence: Sequence) -> list[int]:
+        """Pages that hold a prefix already, short of its last token, whose logits are wanted."""
+        if not self._reuse or sequence.tells_prompt:
+            return []
+        return self.pool.find(extend(sequence.digests, sequence.tokens, (len(sequence.tokens) - 1) // PAGE))
+
+    def _chunk(self, sequence: Sequence, budget: int, work: list[Work]) -> int:
         """Add as much of `sequence` as the budget allows; returns the budget left."""
         count = min(sequence.num_uncomputed, budget)
         if count:

@@ -1,6 +1,7 @@
 """Mixture of experts in plain torch: the reference, and the path taken on a CPU.
 
-Letters: T tokens, D width of the model, I width of an expert, E experts, K experts chosen for a token.
+Letters: T tokens, D width of the model, I width of an expert, E experts in G groups of M, K experts chosen
+for a token.
 """
 
 from itertools import pairwise
@@ -17,16 +18,40 @@ class Routing(NamedTuple):
     weight_TK: Tensor  # float32 at least
 
 
-def route_softmax(logit_TE: Tensor, num_chosen: int, renormalise: bool, scale: float) -> Routing:
-    """The `num_chosen` most likely experts of each token, weighted by their probability among all E.
+def route(
+    logit_TE: Tensor,
+    bias_E: Tensor | None,
+    num_chosen: int,
+    num_groups: int,
+    num_chosen_groups: int,
+    renormalise: bool,
+    scale: float,
+) -> Routing:
+    """The `num_chosen` experts with the highest scores within each token's best groups, weighted by the scores.
 
-    DeepSeek-V2 does not renormalise the chosen probabilities to 1 (`norm_topk_prob` false).
+    Without a bias scores are softmax's and a group is as good as its best expert (DeepSeek-V2). With one they
+    are sigmoid's, the bias counts for the choice alone, and a group is as good as its two best experts together
+    (DeepSeek-V3). Sources: arXiv 2405.04434, 2.2 and 2412.19437, 2.1.2.
     """
-    probability_TE = torch.softmax(logit_TE.to(torch.promote_types(logit_TE.dtype, torch.float32)), dim=-1)
-    weight_TK, expert_TK = torch.topk(probability_TE, num_chosen, dim=-1, sorted=False)
+    logit_TE = logit_TE.to(torch.promote_types(logit_TE.dtype, torch.float32))
+    score_TE = torch.softmax(logit_TE, dim=-1) if bias_E is None else torch.sigmoid(logit_TE)
+    choice_TE = score_TE if bias_E is None else score_TE + bias_E
+    if num_chosen_groups < num_groups:
+        choice_TE = _within_groups(choice_TE, num_groups, num_chosen_groups, 1 if bias_E is None else 2)
+    expert_TK = torch.topk(choice_TE, num_chosen, dim=-1, sorted=False).indices
+    weight_TK = score_TE.gather(1, expert_TK)
     if renormalise:
-        weight_TK = weight_TK / weight_TK.sum(-1, keepdim=True)
+        weight_TK = weight_TK / (weight_TK.sum(-1, keepdim=True) + 1e-20)
     return Routing(expert_TK, weight_TK * scale)
+
+
+def _within_groups(choice_TE: Tensor, num_groups: int, num_chosen: int, num_best: int) -> Tensor:
+    """`choice_TE` with -inf outside the groups whose `num_best` best experts sum up highest."""
+    choice_TGM = torch.unflatten(choice_TE, -1, (num_groups, -1))
+    group_TG = torch.topk(choice_TGM, num_best, dim=-1).values.sum(-1)
+    chosen = torch.topk(group_TG, num_chosen, dim=-1, sorted=False).indices
+    barred_TG = torch.ones_like(group_TG, dtype=torch.bool).scatter_(1, chosen, value=False)
+    return choice_TGM.masked_fill(barred_TG.unsqueeze(-1), float("-inf")).flatten(1)
 
 
 def silu_and_mul(gate_up_TI: Tensor) -> Tensor:

@@ -6,13 +6,17 @@ from queue import SimpleQueue
 from typing import NamedTuple
 
 from stackrace.backends.mla.engine import Engine, TokenEvent
-from stackrace.backends.mla.scheduler import Sequence
+from stackrace.backends.mla.sequence import Sequence
 
 
 class Abort(NamedTuple):
     """Drop the request of this id."""
 
     id: str
+
+
+class ResetPrefixCache(NamedTuple):
+    """Let nothing be found of what was computed before."""
 
 
 class Stop(NamedTuple):
@@ -37,7 +41,7 @@ class Worker:
         self._engine = engine
         self._deliver = deliver
         self._fail = fail
-        self._inbox: SimpleQueue[Sequence | Abort | Stop] = SimpleQueue()
+        self._inbox: SimpleQueue[Sequence | Abort | ResetPrefixCache | Stop] = SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -51,6 +55,10 @@ class Worker:
     def abort(self, id: str) -> None:
         """Drop a request, if it is still there, and free its pages."""
         self._inbox.put(Abort(id))
+
+    def reset_prefix_cache(self) -> None:
+        """Requests submitted from now on find nothing in the prefix cache."""
+        self._inbox.put(ResetPrefixCache())
 
     def stop(self, timeout: float) -> bool:
         """Ask the thread to end and wait for it, seconds at most; whether it did."""
@@ -75,6 +83,8 @@ class Worker:
             match self._inbox.get():
                 case Abort(id):
                     self._engine.abort(id)
+                case ResetPrefixCache():
+                    self._engine.reset_prefix_cache()
                 case Stop():
                     return False
                 case sequence:

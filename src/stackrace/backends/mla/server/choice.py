@@ -1,0 +1,64 @@
+"""One output of a request: from token events to text, and to its end."""
+
+from collections.abc import Sequence as Many
+from typing import NamedTuple
+
+from stackrace.backends.mla.engine import TokenEvent
+from stackrace.backends.mla.sequence import Sequence, TokenLogprobs
+from stackrace.backends.mla.server.protocol import Ask
+from stackrace.backends.mla.server.tokenizer import Detokenizer, StopFinder, TextTokenizer
+
+
+class Delta(NamedTuple):
+    """What some token events add to a choice."""
+
+    text: str
+    tokens: list[int]
+    told: list[TokenLogprobs]
+
+
+class Choice:
+    """One output, from its token events: whole characters, nothing from a stop string on."""
+
+    def __init__(self, index: int, ask: Ask, sequence: Sequence, tokenizer: TextTokenizer) -> None:
+        self.index = index
+        self.prompt = sequence.prompt
+        self.num_tokens = 0
+        self.cached_tokens = 0
+        self.offset = 0  # characters of the tokens told so far
+        self.finish_reason: str | None = None
+        self.stop_reason: str | int | None = None
+        self.prompt_logprobs: list[TokenLogprobs] | None = None
+        self._stop_ids = ask.stop_token_ids
+        self._detokenizer = Detokenizer(tokenizer, sequence.prompt, ask.skip_special_tokens)
+        self._stop = StopFinder(ask.stop)
+
+    def add(self, events: Many[TokenEvent]) -> Delta:
+        """Take the events up to the one that ends it; `finish_reason` says whether one did."""
+        delta = Delta("", [], [])
+        for event in events:
+            if self.finish_reason:
+                break
+            delta.tokens.append(event.token)
+            if event.logprobs:
+                delta.told.append(event.logprobs)
+            delta = delta._replace(text=delta.text + self._text(event))
+            self.cached_tokens = event.cached_tokens
+            if event.prompt_logprobs is not None:
+                self.prompt_logprobs = event.prompt_logprobs
+        self.num_tokens += len(delta.tokens)
+        return delta
+
+    def _text(self, event: TokenEvent) -> str:
+        """What the event's token adds; a token that stops is silent."""
+        piece = "" if event.finish_reason == "stop" else self._detokenizer.add(event.token)
+        if event.finish_reason:
+            piece += self._detokenizer.flush()
+        text = self._stop.add(piece)
+        if self._stop.found is not None:
+            self.finish_reason, self.stop_reason = "stop", self._stop.found
+        elif event.finish_reason:
+            text += self._stop.flush()
+            self.finish_reason = event.finish_reason
+            self.stop_reason = event.token if event.token in self._stop_ids and event.finish_reason == "stop" else None
+        return text
