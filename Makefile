@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: install demo test check clean help
+.PHONY: install demo test soak check clean help
 
 help: ## Say what there is
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
@@ -23,7 +23,11 @@ demo: $(READY) ## Race two stacks of the embedded engine on this CPU; leaves res
 	$(BIN)/stackrace report results/demo
 
 test: $(READY) ## Everything that needs no engine and no GPU
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile -m "not alone"
+	$(BIN)/pytest -m alone
+
+soak: $(READY) ## The engine's server under 100,000 good, bad and broken requests; about 10 minutes on two cores
+	PYTHONPATH=tests $(BIN)/python -P -m soak --requests 100000
 
 check: $(READY) ## Lint, format, types
 	$(BIN)/ruff check

@@ -16,6 +16,8 @@ from stackrace.harness.load.worker import Heart
 from stackrace.harness.schedule import Schedule
 from stackrace.harness.types import Endpoint, Request, Sampling
 
+pytestmark = pytest.mark.alone
+
 
 def test_silence_is_not_taken_for_a_reset(load, ask):
     """A request given up for want of an answer is not sent again, even on a connection that was used before."""

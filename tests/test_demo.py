@@ -1,6 +1,10 @@
 """The main job for real, shortened: both stacks of the embedded engine, raced, recorded, judged and drawn."""
 
+import pytest
+
 from stackrace.harness import store
+
+pytestmark = pytest.mark.alone
 
 SHORT = ["experiment=demo", "arrival.rate=6", "lengths.input.tokens=200", "stop.seconds=2", "warmup.requests=2"]
 
@@ -8,7 +12,7 @@ SHORT = ["experiment=demo", "arrival.rate=6", "lengths.input.tokens=200", "stop.
 def test_the_demo_in_small(stackrace, tmp_path, processes_of):
     done = stackrace("bench", *SHORT)
     assert done.returncode == 0, done.stderr
-    assert "[2/2] mla_mha · 6 req/s · 200 in, 24 out" in done.stderr
+    assert "[2/2] mla_mha · tiny · 6 req/s · 200 in, 24 out" in done.stderr
     runs = [store.read_run(f) for f in store.find_runs(tmp_path / "results" / "demo")]
     assert [r.status for r in runs] == ["ok"] * 2
     stacks = {}

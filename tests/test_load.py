@@ -8,6 +8,8 @@ import pytest
 from stackrace.harness import records as table
 from stackrace.harness.summary import summarize
 
+pytestmark = pytest.mark.alone
+
 MS = 1e-3
 
 

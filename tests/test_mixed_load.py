@@ -10,6 +10,8 @@ from engine_kit import GREEDY, YARN, build, make, prompt
 from stackrace.backends.mla.engine import Engine, Step
 from stackrace.backends.mla.sequence import Sequence
 
+pytestmark = pytest.mark.alone
+
 LONG = 4096
 STREAMS = 4
 

@@ -43,6 +43,7 @@ def write(tmp_path):
             "arrival": {"name": "poisson", "rate": rate},
             "slo": {"ttft_ms": 500, "tpot_ms": None},
             "seed": 0,
+            "compare_models": more.get("compare_models", False),
         }
         point = {
             "stack": stack,
@@ -261,6 +262,14 @@ def test_models_are_never_mixed(write, page):
     html = page()
     assert {name.split("-")[0] for name in embedded(html)["figures"]} == {"s0", "s1"}
     assert "2 settings that cannot be compared with each other" in text(html)
+
+
+def test_models_stand_side_by_side_where_that_was_asked(write, page):
+    write(model="tiny", ttft=20, compare_models=True)
+    write(model="large", ttft=40, compare_models=True)
+    html = page()
+    assert {name.split("-")[0] for name in embedded(html)["figures"]} == {"s0"}
+    assert "tiny on a's TTFT p50 is 2x lower than large on a's" in text(html)
 
 
 def test_other_configuration_sets_points_apart_and_is_named(write, page):

@@ -13,6 +13,8 @@ from stackrace.harness import store
 from stackrace.harness.progress import Progress
 from stackrace.harness.sweep import Sweep
 
+pytestmark = pytest.mark.alone
+
 
 def test_a_sweep_leaves_records_a_table_and_no_process(stackrace, tmp_path, processes_of):
     done = stackrace("bench", "-m", *FAST, "arrival.rate=40,80", "sweep=s")

@@ -87,12 +87,13 @@ class Progress:
 
 
 def title(point: Point) -> str:
-    """`mla · 4 req/s · 1024 in, 24 out`."""
+    """`mla · tiny · 4 req/s · 1024 in, 24 out`."""
     labels = point.labels()
     load = [f"{labels['rate']:g} req/s"] if labels["rate"] is not None else []
     load += [f"concurrency {labels['concurrency']}"] if labels["concurrency"] is not None else []
     lengths = f"{labels['input_tokens']:.0f} in, {labels['output_tokens']:.0f} out"
-    return " · ".join([labels["stack"], *load, lengths])
+    model = [labels["model"]] if point.weights else []
+    return " · ".join([labels["stack"], *model, *load, lengths])
 
 
 def outcome(meta: dict[str, Any]) -> str:

@@ -15,13 +15,18 @@ def fixed(config: Mapping[str, Any]) -> Leaves:
     """Every leaf that a sweep over stacks, loads, contexts and repeats leaves alone, as sorted `key, value` pairs."""
     model, workload, arrival, lengths = (config.get(n) or {} for n in ("model", "workload", "arrival", "lengths"))
     kept = {
-        "model": {k: v for k, v in model.items() if k in ("name", "seed", "config")},
+        "model": {} if compares_models(config) else {k: v for k, v in model.items() if k in ("name", "seed", "config")},
         "workload": {k: v for k, v in workload.items() if k not in ("input_lengths", "output_lengths")},
         "arrival": {k: v for k, v in arrival.items() if k != "rate"},
         "lengths.input": {k: v for k, v in (lengths.get("input") or {}).items() if k not in SIZES},
         "lengths.output": lengths.get("output") or {},
     }
     return tuple(sorted((key, plain(value)) for key, value in flat(kept).items()))
+
+
+def compares_models(config: Mapping[str, Any]) -> bool:
+    """Whether models were raced against each other, rather than stacks that serve one of them."""
+    return bool(config.get("compare_models"))
 
 
 def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from stackrace.harness.report.asked import Leaves, common_mean, fixed, plain
+from stackrace.harness.report.asked import Leaves, common_mean, compares_models, fixed, plain
 from stackrace.harness.report.numbers import exact
 from stackrace.harness.store import StoredRun
 from stackrace.harness.summary import Summary, metrics, parse_slo, summarize
@@ -108,7 +108,7 @@ def _point(run: StoredRun) -> Point:
     validity = _validity(run, summary)
     return Point(
         folder=run.folder,
-        stack=str(asked.get("stack") or UNKNOWN),
+        stack=_stack(run.config or {}, asked),
         setting=_setting(run, asked, load.closed),
         condition=Condition(_number(asked.get("input_tokens")), load),
         repeat=int(asked.get("repeat") or 0),
@@ -124,10 +124,15 @@ def _point(run: StoredRun) -> Point:
     )
 
 
+def _stack(config: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
+    stack = str(asked.get("stack") or UNKNOWN)
+    return f"{asked.get('model') or UNKNOWN} on {stack}" if compares_models(config) else stack
+
+
 def _setting(run: StoredRun, asked: Mapping[str, Any], closed: bool) -> Setting:
     cap = asked.get("concurrency")
     return Setting(
-        model=str(asked.get("model") or UNKNOWN),
+        model="several models" if compares_models(run.config or {}) else str(asked.get("model") or UNKNOWN),
         workload=str(asked.get("workload") or UNKNOWN),
         arrival=str(asked.get("arrival") or UNKNOWN),
         closed=closed,
