@@ -10,8 +10,6 @@ from threading import Thread
 import pytest
 from command import FAST, QUICK, runs, start, wait_for
 
-pytestmark = pytest.mark.alone
-
 
 @pytest.fixture
 def broken(tmp_path):

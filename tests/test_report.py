@@ -269,7 +269,7 @@ def test_models_stand_side_by_side_where_that_was_asked(write, page):
     write(model="large", ttft=40, compare_models=True)
     html = page()
     assert {name.split("-")[0] for name in embedded(html)["figures"]} == {"s0"}
-    assert "tiny on a's TTFT p50 is 2x lower than large on a's" in text(html)
+    assert "tiny on a's TTFT p50 is 2.0x lower than large on a's" in text(html)
 
 
 def test_other_configuration_sets_points_apart_and_is_named(write, page):

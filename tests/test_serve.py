@@ -9,8 +9,6 @@ import urllib.request
 
 import pytest
 
-pytestmark = pytest.mark.alone
-
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_serve_until_told_to_end(tmp_path, processes_of, number):

@@ -3,7 +3,7 @@
 import asyncio
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Many
 from itertools import chain
 from typing import ClassVar, Generic, TypeVar
@@ -54,7 +54,7 @@ class Answer(ABC, Generic[A]):
         """All tokens in one answer; returns once it is written."""
         deltas: dict[str, list[Delta]] = {id: [] for id in self._choices}
         while not self._finished:
-            for id, delta in await self._next(end):
+            for id, delta in self._deltas(await self._next(), end):
                 deltas[id].append(delta)
         choices = [self._whole(choice, _merge(deltas[id])) for id, choice in self._choices.items()]
         body = self._head(self.whole_object) | {"choices": choices, "usage": self._usage()} | self._extras()
@@ -67,13 +67,13 @@ class Answer(ABC, Generic[A]):
         """Server-sent events, one for each choice that a step gave tokens (or several steps, if a client is slow)."""
         response = web.StreamResponse(headers=SSE)
         await response.prepare(request)
-        opening = self._opening()
+        events = b"".join(map(self._event, self._opening()))
         try:
             while not self._finished:
-                news = [{"choices": [self._streamed(self._choices[id], delta)]} for id, delta in await self._next(end)]
-                events = b"".join(map(self._event, opening + news))
-                opening = []
+                for id, delta in self._deltas(await self._next(), end):
+                    events += self._event({"choices": [self._streamed(self._choices[id], delta)]})
                 await response.write(events + self._closing() if self._finished else events)
+                events = b""
         except Refusal as refusal:
             await response.write(_sse(refusal.body))
         await response.write_eof()
@@ -83,8 +83,8 @@ class Answer(ABC, Generic[A]):
     def _finished(self) -> bool:
         return all(choice.finish_reason for choice in self._choices.values())
 
-    async def _next(self, end: End) -> list[tuple[str, Delta]]:
-        """What the events that are there, or come next, add to each choice. Raises a Refusal found among them."""
+    async def _next(self) -> dict[str, list[TokenEvent]]:
+        """The events that are there, or come next, by choice. Raises a Refusal found among them."""
         events: dict[str, list[TokenEvent]] = {}
         inbox = [await self.inbox.get()]
         while not self.inbox.empty():
@@ -93,11 +93,16 @@ class Answer(ABC, Generic[A]):
             if isinstance(event, Refusal):
                 raise event
             events.setdefault(event.id, []).append(event)
-        deltas = [(id, self._choices[id].add(its)) for id, its in events.items()]
-        for id in events:
+        return events
+
+    def _deltas(self, events: Mapping[str, Many[TokenEvent]], end: End) -> Iterator[tuple[str, Delta]]:
+        """What they add to each choice, one after the other, so that running usage counts what was told."""
+        for id, its in events.items():
+            delta = self._choices[id].add(its)
             if self._choices[id].finish_reason:
                 end(id)
-        return [(id, delta) for id, delta in deltas if delta.tokens]
+            if delta.tokens:
+                yield id, delta
 
     def _head(self, kind: str) -> Json:
         return {"id": self._id, "object": kind, "created": self._created, "model": self._model}

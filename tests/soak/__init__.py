@@ -1,0 +1,1 @@
+"""A soak of the engine's server: PYTHONPATH=tests python -m soak --help."""
