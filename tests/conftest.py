@@ -13,6 +13,17 @@ def pytest_configure(config):
     os.environ.setdefault("PYTHONSAFEPATH", "1")
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """Torch with a single thread: so small are the tests' models that a second one mostly waits for the first."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def compose():
     """`compose("backend=mock", ...)` -> the composed configuration, as a Hydra job gets it."""

@@ -1,6 +1,5 @@
 """The engine against itself: the same numbers and tokens whatever the batch, the chunks, the cache or its reuse."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,18 +11,12 @@ from transformers import DeepseekV2ForCausalLM
 from stackrace.backends.mla.engine import Engine, TokenEvent
 from stackrace.backends.mla.sequence import Sampling, Sequence
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.fixture(scope="module")
 def lite(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make(tmp_path_factory.mktemp("lite"), {"rope_scaling": YARN})
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("attention", ["mla", "mha"])

@@ -4,13 +4,12 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from engine_kit import GREEDY, YARN, build, make, prompt
 
 from stackrace.backends.mla.engine import Engine, Step
 from stackrace.backends.mla.sequence import Sequence
 
-pytestmark = pytest.mark.alone
+pytestmark = [pytest.mark.alone, pytest.mark.usefixtures("one_thread")]
 
 LONG = 4096
 STREAMS = 4
@@ -23,7 +22,6 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def arrive(path: Path, attention: str, budget: int) -> tuple[list[Step], list[float], list[set[str]]]:
     """The steps that hold a part of the prompt, the processor time of each (s), and the streams they gave a token."""
-    torch.set_num_threads(1)
     engine: Engine = build(path, attention, budget, max_model_len=LONG + 64, kv_cache_memory_bytes=120_000_000)
     for index in range(STREAMS):
         engine.submit(Sequence(str(index), prompt(20, index), 200, GREEDY, frozenset()))

@@ -1,7 +1,6 @@
 """Every architecture's logits against transformers, after prompt chunks and decode steps, for each cache."""
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,8 @@ from stackrace.backends.mla.model import Model
 from stackrace.backends.mla.weights import load
 from stackrace.harness import models
 from stackrace.harness.errors import UsageError
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 GROUPS = {"n_group": 4, "topk_group": 2, "num_experts_per_tok": 3}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -51,15 +52,6 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("tiny_gqa", QWEN | {"rope_theta": 1000000.0}),
     "qwen2 tied": ("tiny_gqa", QWEN | {"tie_word_embeddings": True, "rope_scaling": ROPE | {"type": "yarn"}}),
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """So small are these that a second thread mostly waits for the first."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
