@@ -62,6 +62,8 @@ REFUSED: list[tuple[Json, str]] = [
     (ask([5], max_completion_tokens=4), "max_completion_tokens = 4 is not supported"),
     (ask([5], echo=True), "echo = True is not supported by this server"),
     (ask([5], best_of=2), "best_of = 2 is not supported"),
+    (ask([5], best_of=True), "best_of = True is not supported"),
+    (ask([5], echo=0), "echo = 0 is not supported"),
     (ask([5], suffix="t6"), "suffix = 't6' is not supported"),
     (ask([5], logprobs=True), "logprobs = True must be an integer"),
     (ask([5], logprobs=21), "logprobs = 21 must be at most 20"),
@@ -226,7 +228,13 @@ def test_the_ends_of_the_ranges_are_served(port: int, fields: Json) -> None:
 
 def test_fields_that_change_nothing_are_accepted(port: int) -> None:
     fields: Json = {"n": 1, "echo": False, "logprobs": None, "stop": [], "presence_penalty": 0.0, "user": "me"}
-    fields |= {"stream_options": {"include_usage": None}, "logit_bias": {}, "best_of": 1, "surprise": None}
+    fields |= {
+        "stream_options": {"include_usage": None},
+        "logit_bias": {},
+        "best_of": 1,
+        "length_penalty": 1.0,
+        "surprise": None,
+    }
     assert complete(port, ask([5], **fields))["usage"]["completion_tokens"] == 20
     spoken = {"role": "assistant", "content": "t7", "refusal": None, "tool_calls": None}  # as answers are sent back
     chat = {"messages": [USER, spoken, USER], "tools": [], "tool_choice": "auto", "max_tokens": 2}

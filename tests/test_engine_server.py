@@ -189,6 +189,7 @@ def test_settings_that_contradict_are_named(path: Path) -> None:
     for change, expected in (
         ({"kv_cache_memory_bytes": 1000}, "--kv-cache-memory-bytes 1000 is under a page"),
         ({"max_num_seqs": 65}, "--max-num-batched-tokens 64 is below --max-num-seqs 65"),
+        ({"max_model_len": 3}, "--max-model-len 3 is below 4"),
         ({"max_model_len": 200_000}, "--max-model-len 200000 exceeds"),
     ):
         with pytest.raises(UsageError, match=expected):

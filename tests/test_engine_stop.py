@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from server_kit import Json, ask, complete, metrics, offline, prompt, running, small, stream, text_of, until
+from server_kit import Json, ask, call, complete, metrics, offline, prompt, running, small, stream, text_of, until
 
 from stackrace.backends.mla.server.tokenizer import TextTokenizer
 
@@ -128,3 +128,16 @@ def test_others_go_on_while_a_long_text_is_encoded(tmp_path: Path) -> None:
             turns += 1
         assert len(ids.result()) == 300_000
     assert turns > 5  # 1 or 2 if the tokenizer keeps the interpreter's lock
+
+
+def test_a_stop_string_in_the_last_token_is_counted_as_one(port: int, output: list[int]) -> None:
+    def stops() -> float:
+        lines = call(port, "GET", "/metrics")[1].decode().splitlines()
+        (line,) = [x for x in lines if x.startswith("vllm:request_success_total") and 'finished_reason="stop"' in x]
+        return float(line.split()[-1])
+
+    assert output[2] not in output[:2]
+    before = stops()
+    answer = complete(port, ask(TOKENS, max_tokens=3, stop=f"t{output[2]}"))
+    assert (only(answer)["finish_reason"], answer["usage"]["completion_tokens"]) == ("stop", 3)
+    assert stops() == before + 1

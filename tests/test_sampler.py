@@ -3,7 +3,7 @@
 import math
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Sequence as Many
 from dataclasses import replace
 from itertools import accumulate
 from statistics import NormalDist
@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from stackrace.backends.mla.sampler import penalise, sample, token_logprobs
-from stackrace.backends.mla.sequence import Sampling
+from stackrace.backends.mla.sequence import Sampling, Sequence
 
 DRAWS = 100_000
 LOGITS = [4 * math.sin(3.0 * index) + 0.1 * index for index in range(24)]
@@ -20,7 +20,7 @@ PROMPT, OUTPUT = [1, 5, 5, 9, 13], [5, 7, 7, 7, 13]
 PLAIN = Sampling(seed=0)
 
 
-def exact(settings: Sampling, prompt: Sequence[int] = (), output: Sequence[int] = ()) -> list[float]:
+def exact(settings: Sampling, prompt: Many[int] = (), output: Many[int] = ()) -> list[float]:
     """The distribution that the options mean, in vLLM's order: penalties, temperature, min-p, top-k, top-p."""
     logits = list(LOGITS)
     for token in {*prompt, *output}:
@@ -39,7 +39,7 @@ def exact(settings: Sampling, prompt: Sequence[int] = (), output: Sequence[int] 
     return [weights[token] / total if token in kept else 0.0 for token in range(len(weights))]
 
 
-def counts(settings: Sampling, draws: list[float], prompt: Sequence[int] = (), output: Sequence[int] = ()) -> list[int]:
+def counts(settings: Sampling, draws: list[float], prompt: Many[int] = (), output: Many[int] = ()) -> list[int]:
     row_V = torch.tensor(LOGITS)
     if settings.penalises:
         row_V = penalise(row_V, settings, prompt, output)
@@ -151,3 +151,9 @@ def test_logprobs_are_those_of_a_softmax() -> None:
         assert [token for token, _ in told.top] == order[:3]
         assert [value for _, value in told.top] == pytest.approx([LOGITS[t] - total for t in order[:3]], abs=1e-5)
     assert token_logprobs(row.unsqueeze(0), [3], 0)[0].top == []
+
+
+def test_every_seed_draws_its_own_numbers() -> None:
+    seeds = [-(2**63), -2, -1, 0, 1, 2, 2**63 - 1]
+    draws = {Sequence("x", [1], 1, Sampling(seed=seed), frozenset()).rng.random() for seed in seeds}
+    assert len(draws) == len(seeds)

@@ -19,6 +19,7 @@ from stackrace.backends.mla.sequence import Sequence, TokenLogprobs
 from stackrace.harness.clock import SECOND, now
 from stackrace.harness.errors import UsageError
 
+SHORTEST = 4  # tokens of prompt and output that a server must be able to hold
 MAX_LOGPROBS = 20  # likeliest tokens that may be told of a position, as vLLM
 
 
@@ -85,7 +86,7 @@ class Engine:
         return Stats(
             num_running=len(scheduler.running),
             num_waiting=len(scheduler.waiting),
-            kv_cache_usage=1 - pool.num_free / pool.num_pages,
+            kv_cache_usage=(pool.num_pages - pool.num_free) / pool.num_pages,
             total_preemptions=scheduler.num_preemptions,
             total_prefix_queries=scheduler.num_queried,
             total_prefix_hits=scheduler.num_found,
@@ -162,6 +163,8 @@ def limits(settings: Settings, checkpoint: checkpoints.Checkpoint) -> Limits:
     if settings.max_model_len > config.max_positions:
         asked, most = settings.max_model_len, config.max_positions
         raise UsageError(f"--max-model-len {asked} exceeds max_position_embeddings {most}; lower it")
+    if settings.max_model_len < SHORTEST:
+        raise UsageError(f"--max-model-len {settings.max_model_len} is below {SHORTEST}; raise it")
     if not 0 < settings.max_num_seqs <= settings.max_num_batched_tokens:
         asked, least = settings.max_num_batched_tokens, settings.max_num_seqs
         raise UsageError(f"--max-num-batched-tokens {asked} is below --max-num-seqs {least}; raise it")

@@ -46,9 +46,10 @@ class Scheduler:
 
     def abort(self, id: str) -> None:
         """Forget a sequence between steps; unknown or finished ones are ignored."""
-        for sequence in [s for s in self.running if s.id == id]:
-            self.finish(sequence)
-        self.waiting = deque(s for s in self.waiting if s.id != id)
+        if running := next((s for s in self.running if s.id == id), None):
+            self.finish(running)
+        elif waiting := next((s for s in self.waiting if s.id == id), None):
+            self.waiting.remove(waiting)
 
     def finish(self, sequence: Sequence) -> None:
         """Take a running sequence out and free its pages."""
@@ -111,14 +112,18 @@ class Scheduler:
         sequence.num_computed = len(found) * PAGE
         if sequence.num_cached is None:
             sequence.num_cached = sequence.num_computed
-            self.num_queried += len(sequence.prompt) if self._reuse else 0
+            self.num_queried += len(sequence.prompt) if self._looks(sequence) else 0
             self.num_found += sequence.num_cached
         self.running.append(self.waiting.popleft())
         return sequence
 
+    def _looks(self, sequence: Sequence) -> bool:
+        """Whether it may be found; a prompt that is to be told must be computed."""
+        return self._reuse and not sequence.tells_prompt
+
     def _find(self, sequence: Sequence) -> list[int]:
         """Pages that hold a prefix already, short of its last token, whose logits are wanted."""
-        if not self._reuse or sequence.tells_prompt:
+        if not self._looks(sequence):
             return []
         return self.pool.find(extend(sequence.digests, sequence.tokens, (len(sequence.tokens) - 1) // PAGE))
 

@@ -57,7 +57,7 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.tokens = list(self.prompt)
-        self.rng = random.Random(self.sampling.seed)
+        self.rng = random.Random(self.sampling.seed % 2**64)  # of a negative seed it takes the absolute value
 
     @property
     def num_uncomputed(self) -> int:

@@ -72,7 +72,8 @@ async def serve(api: Api, sock: socket.socket, shutdown_timeout: float) -> int:
     except OSError as error:
         raise _no_port(sock.getsockname()[:2], error) from None
     api.worker.start()
-    print("listening on http://{}:{}".format(*sock.getsockname()[:2]), flush=True)
+    host, port = sock.getsockname()[:2]
+    print(f"listening on http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
     await api.stopped.wait()
     await runner.cleanup()
     return 1 if api.error else 0

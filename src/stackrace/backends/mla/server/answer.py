@@ -21,7 +21,7 @@ from stackrace.backends.mla.server.tokenizer import TextTokenizer
 SSE = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache"}
 DONE = b"data: [DONE]\n\n"
 
-End = Callable[[str], None]  # called with the id of each sequence from which nothing more is wanted
+End = Callable[[str, str], None]  # called with the id of a sequence from which nothing more is wanted, and why
 A = TypeVar("A", bound=Ask)
 
 
@@ -99,8 +99,8 @@ class Answer(ABC, Generic[A]):
         """What they add to each choice, one after the other, so that running usage counts what was told."""
         for id, its in events.items():
             delta = self._choices[id].add(its)
-            if self._choices[id].finish_reason:
-                end(id)
+            if reason := self._choices[id].finish_reason:
+                end(id, reason)
             if delta.tokens:
                 yield id, delta
 
@@ -185,8 +185,9 @@ class CompletionAnswer(Answer[CompletionAsk]):
 
     def _whole(self, choice: Choice, delta: Delta) -> Json:
         fields = self._streamed(choice, delta)
-        if choice.prompt_logprobs is not None:
-            fields["prompt_logprobs"] = self._prompt_logprobs(choice)
+        if self.ask.prompt_logprobs is not None:
+            first = list(self._choices.values())[choice.index - choice.index % self.ask.n]
+            fields["prompt_logprobs"] = self._prompt_logprobs(first)
         return fields
 
     def _extras(self) -> Json:

@@ -85,7 +85,7 @@ class Api:
         ask = parse(await request.read(), CompletionAsk, self._name)
         given = ask.prompts()
         self._check_room(len(given) * ask.n)
-        prompts = [p if isinstance(p, list) else await self._encode(p, ask.add_special_tokens) for p in given]
+        prompts = await self._encode(given, ask.add_special_tokens)
         return await self._answer(request, ask, prompts, "cmpl", CompletionAnswer)
 
     async def chat(self, request: web.Request) -> web.StreamResponse:
@@ -98,8 +98,8 @@ class Api:
             text = self._tokenizer.render(messages, variables)
         except ValueError as error:
             raise Refusal(400, str(error), "messages") from None
-        prompt = await self._encode(text, ask.add_special_tokens)
-        return await self._answer(request, ask, [prompt], "chatcmpl", ChatAnswer)
+        prompts = await self._encode([text], ask.add_special_tokens)
+        return await self._answer(request, ask, prompts, "chatcmpl", ChatAnswer)
 
     async def models(self, request: web.Request) -> web.Response:
         """The one model served."""
@@ -154,13 +154,15 @@ class Api:
         finally:
             self._num_answering -= 1
             for sequence in wanted:
-                if self._open.pop(sequence.id, None):  # the client left before the end
-                    self.worker.abort(sequence.id)
+                self._close(sequence.id)  # where the client left before the end
 
-    async def _encode(self, text: str, special: bool) -> list[int]:
-        if len(text) < LONG_TEXT:
-            return self._tokenizer.encode(text, special)
-        return await asyncio.to_thread(self._tokenizer.encode, text, special)
+    async def _encode(self, given: Many[str | list[int]], special: bool) -> list[list[int]]:
+        def encode() -> list[list[int]]:
+            return [p if isinstance(p, list) else self._tokenizer.encode(p, special) for p in given]
+
+        if sum(len(p) for p in given if isinstance(p, str)) < LONG_TEXT:
+            return encode()
+        return await asyncio.to_thread(encode)
 
     def _model(self) -> dict[str, object]:
         fixed = {"id": self._name, "object": "model", "created": 0, "owned_by": "stackrace", "root": self._name}
@@ -193,16 +195,20 @@ class Api:
             if waiting is None:  # nobody waits any more
                 continue
             self._metrics.token(waiting.timing, event)
-            if event.finish_reason:
-                del self._open[event.id]
-                self._metrics.end(waiting.timing, event.finish_reason)
+            waiting.timing.ended = event.finish_reason is not None
             waiting.inbox.put_nowait(event)
 
-    def _end(self, id: str) -> None:
+    def _end(self, id: str, reason: str) -> None:
         """Nothing more is wanted of a sequence: it has ended, or a stop string was found."""
-        if waiting := self._open.pop(id, None):
+        if waiting := self._close(id):
+            self._metrics.end(waiting.timing, reason)
+
+    def _close(self, id: str) -> Open | None:
+        """Nobody waits for it any more; the engine is told, unless it had ended."""
+        waiting = self._open.pop(id, None)
+        if waiting and not waiting.timing.ended:
             self.worker.abort(id)
-            self._metrics.end(waiting.timing, "stop")
+        return waiting
 
     def _fail(self, error: BaseException) -> None:
         """The engine's thread has died: say so to everybody, and stop."""
@@ -212,10 +218,9 @@ class Api:
         self._stopping = asyncio.ensure_future(self.drain(SOON))
 
     def _cut(self, refusal: Refusal) -> None:
-        for id, waiting in list(self._open.items()):
-            del self._open[id]
-            self.worker.abort(id)
-            waiting.inbox.put_nowait(refusal)
+        for id in [id for id, waiting in self._open.items() if not waiting.timing.ended]:
+            if waiting := self._close(id):
+                waiting.inbox.put_nowait(refusal)
 
     async def _settle(self, seconds: float) -> None:
         """Wait until nobody is being answered, `seconds` at most."""

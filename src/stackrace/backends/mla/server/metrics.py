@@ -75,6 +75,7 @@ class Timing:
     first: int = 0
     last: int = 0
     num_output: int = 0
+    ended: bool = False  # the engine has given its last token
 
 
 class Metrics:

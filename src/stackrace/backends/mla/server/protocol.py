@@ -208,7 +208,8 @@ def parse(body: bytes, kind: type[A], served: str) -> A:
 
 
 def _matters(name: str, value: object) -> bool:
-    return name not in IGNORED and value not in NEUTRAL.get(name, ())
+    neutral = [one for one in NEUTRAL.get(name, ()) if isinstance(one, bool) == isinstance(value, bool)]
+    return name not in IGNORED and value not in neutral
 
 
 def check_prompt(prompt: Many[int], vocab_size: int) -> None:
@@ -256,7 +257,7 @@ def sequences(ask: Ask, prompts: Many[list[int]], id: str, limits: Limits) -> li
                 sampling=ask.sampling(index),
                 stop_tokens=stop_tokens,
                 num_logprobs=ask.num_logprobs,
-                num_prompt_logprobs=ask.prompt_logprobs,
+                num_prompt_logprobs=None if index else ask.prompt_logprobs,  # once is enough
             )
             for index in range(ask.n)
         ]
