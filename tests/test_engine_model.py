@@ -158,3 +158,13 @@ def test_a_seeded_request_is_the_same_alone_and_in_company_with_penalties(lite: 
     assert [event.token for event in company] == [event.token for event in alone]
     unpenalised = Sequence("x", prompt(40, seed=3), 30, replace(settings, frequency_penalty=0), frozenset())
     assert [e.token for e in serve(build(lite, "mla", 512), [unpenalised])["x"]] != [e.token for e in alone]
+
+
+def test_a_prompt_preempted_while_it_is_told_is_told_once(lite: Path) -> None:
+    """The first one's output takes the page that the second one's half-read prompt holds."""
+    engine = build(lite, "mla", 20, kv_cache_memory_bytes=4 * PAGE_BYTES)
+    first = Sequence("first", prompt(60, seed=1), 20, GREEDY, frozenset())
+    second = Sequence("second", prompt(170, seed=2), 2, GREEDY, frozenset(), num_prompt_logprobs=0)
+    told = serve(engine, [first, second])["second"][0].prompt_logprobs
+    assert engine.stats.total_preemptions > 0
+    assert [found.token for found in told or []] == second.prompt[1:]

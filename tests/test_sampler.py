@@ -157,3 +157,8 @@ def test_every_seed_draws_its_own_numbers() -> None:
     seeds = [-(2**63), -2, -1, 0, 1, 2, 2**63 - 1]
     draws = {Sequence("x", [1], 1, Sampling(seed=seed), frozenset()).rng.random() for seed in seeds}
     assert len(draws) == len(seeds)
+
+
+def test_no_more_tokens_are_told_than_there_are() -> None:
+    (told,) = token_logprobs(torch.tensor([[0.0, 1.0, 2.0]]), [0], 20)
+    assert [token for token, _ in told.top] == [2, 1, 0]

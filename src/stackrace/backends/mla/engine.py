@@ -106,7 +106,7 @@ class Engine:
         self.scheduler.abort(id)
 
     def reset_prefix_cache(self) -> None:
-        """Forget what full pages hold: requests from now on find nothing of what was computed before."""
+        """Forget what full pages hold; of a request that still runs, pages that fill up from now on are found again."""
         self.scheduler.pool.reset()
 
     def step(self) -> list[TokenEvent]:

@@ -72,6 +72,6 @@ def token_logprobs(logit_SV: Tensor, tokens: Sequence[int], num_top: int) -> lis
     logprob_SV = torch.log_softmax(logit_SV, dim=-1)
     chosen_S1 = logprob_SV.gather(-1, torch.tensor(tokens, device=logit_SV.device).unsqueeze(-1))
     rank_S = (logprob_SV > chosen_S1).sum(-1) + 1
-    top_SK = torch.topk(logprob_SV, num_top, dim=-1)
+    top_SK = torch.topk(logprob_SV, min(num_top, logprob_SV.shape[-1]), dim=-1)
     tops = [list(zip(*row, strict=True)) for row in zip(top_SK.indices.tolist(), top_SK.values.tolist(), strict=True)]
     return list(map(TokenLogprobs, tokens, chosen_S1.squeeze(-1).tolist(), rank_S.tolist(), tops))

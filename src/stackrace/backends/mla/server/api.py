@@ -185,9 +185,10 @@ class Api:
             raise Refusal(503, "the server is shutting down")
         if count > self._max_open:
             raise Refusal(400, f"{count} sequences in one request; at most {self._max_open} may be unfinished at once")
-        if len(self._open) + count > self._max_open:
+        unfinished = sum(not waiting.timing.ended for waiting in self._open.values())
+        if unfinished + count > self._max_open:
             self._metrics.rejections.inc()
-            raise Refusal(429, f"{len(self._open)} of {self._max_open} sequences are unfinished; try again later")
+            raise Refusal(429, f"{unfinished} of {self._max_open} sequences are unfinished; try again later")
 
     def _deliver(self, events: list[TokenEvent]) -> None:
         for event in events:
