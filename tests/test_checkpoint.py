@@ -12,9 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
+from engine_kit import published
 from safetensors import safe_open
-from tokenizers import Tokenizer
 from transformers import AutoTokenizer, DeepseekV2ForCausalLM
 
 from stackrace.backends import checkpoint, seeded
@@ -23,18 +22,12 @@ from stackrace.backends.mla.model import Model
 from stackrace.backends.mla.weights import load
 from stackrace.harness.errors import UsageError
 
-CONF = Path(checkpoint.__file__).parents[1] / "conf" / "model"
 SMALL = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 300, "num_attention_heads": 2}
 SMALL |= {"num_key_value_heads": 2, "n_routed_experts": 4, "moe_intermediate_size": 32}
 
 
-def conf(name: str) -> dict[str, Any]:
-    config: dict[str, Any] = yaml.safe_load((CONF / f"{name}.yaml").read_text())["config"]
-    return config
-
-
 def make(out: Path, seed: int = 0, shard_bytes: int = 300_000) -> checkpoint.Checkpoint:
-    return checkpoint.make(conf("tiny") | SMALL, out, seed, shard_bytes, "cpu")
+    return checkpoint.make(published("tiny") | SMALL, out, seed, shard_bytes, "cpu")
 
 
 def tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -115,7 +108,7 @@ def test_norms_are_one(small: Path) -> None:
 
 
 def test_biases_are_normal_too(tmp_path: Path) -> None:
-    config = conf("tiny_mha") | {"attention_bias": True, "num_hidden_layers": 1}
+    config = published("tiny_mha") | {"attention_bias": True, "num_hidden_layers": 1}
     made = checkpoint.make(config, tmp_path / "model", 0, 1 << 40, "cpu")
     biases = {name: tensor.double() for name, tensor in tensors(made.path).items() if name.endswith("bias")}
     assert sorted(name.split(".")[-2] for name in biases) == ["k_proj", "o_proj", "q_proj", "v_proj"]
@@ -133,35 +126,6 @@ def test_identity_and_bits_of_earlier_checkpoints_are_kept(small: Path) -> None:
     assert (checkpoint.check(small).identity, digest.hexdigest()[:16]) == ("bed1f0c97ca67b73", "162415d0399dc1b7")
 
 
-CHAT = [
-    {"role": "system", "content": "t9 t10"},
-    {"role": "user", "content": "t11"},
-    {"role": "assistant", "content": ""},
-    {"role": "tool", "content": "t12 t13 t14"},
-]
-
-
-def test_a_message_costs_its_words_and_two_tokens(small: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(small)
-    expected = [1, 4, 9, 10, 2, 5, 11, 2, 6, 2, 7, 12, 13, 14, 2]
-    assert tokenizer.apply_chat_template(CHAT, return_dict=False) == expected
-    assert tokenizer.apply_chat_template(CHAT, add_generation_prompt=True, return_dict=False) == [*expected, 6]
-
-
-@pytest.mark.parametrize(("bos", "eos", "unknown"), [(0, 1, 2), (8, 8, 0), (299, [298, 297], 0)])
-def test_any_special_tokens_make_a_tokenizer(bos: int, eos: int | list[int], unknown: int, tmp_path: Path) -> None:
-    config = conf("tiny") | SMALL | {"bos_token_id": bos, "eos_token_id": eos}
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint.make(config, tmp_path / "model", 0, 1 << 40, "cpu").path)
-    assert len(tokenizer) == 300
-    assert tokenizer.apply_chat_template(CHAT[1:2], return_dict=False) == [
-        bos,
-        5,
-        11,
-        *(eos[:1] if isinstance(eos, list) else [eos]),
-    ]
-    assert tokenizer("what t3").input_ids == [unknown, 3]
-
-
 def test_transformers_loads_model_and_tokenizer(small: Path) -> None:
     model, report = DeepseekV2ForCausalLM.from_pretrained(small, output_loading_info=True)
     assert not any(report.values())
@@ -170,14 +134,6 @@ def test_transformers_loads_model_and_tokenizer(small: Path) -> None:
     assert tokenizer("t5 t11 t299").input_ids == [5, 11, 299]
     assert tokenizer.decode([5, 11, 299]) == "t5 t11 t299"
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id) == (1, 2, 0)
-
-
-def test_token_words(small: Path) -> None:
-    tokenizer = Tokenizer.from_file(str(small / "tokenizer.json"))
-    assert tokenizer.get_vocab_size() == 300
-    ids = list(range(3, 300))
-    assert tokenizer.encode(" ".join(f"t{i}" for i in ids)).ids == ids
-    assert tokenizer.encode("</s> t11 what").ids == [2, 11, 0]
 
 
 def test_facts(small: Path) -> None:

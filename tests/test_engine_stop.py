@@ -6,8 +6,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from engine_kit import GREEDY
 from server_kit import Json, ask, call, complete, metrics, offline, prompt, running, small, stream, text_of, until
 
+from stackrace.backends.mla.engine import TokenEvent
+from stackrace.backends.mla.sequence import Sequence
+from stackrace.backends.mla.server.answer import CompletionAnswer
+from stackrace.backends.mla.server.protocol import CompletionAsk
 from stackrace.backends.mla.server.tokenizer import TextTokenizer
 
 CHAT = "/v1/chat/completions"
@@ -141,3 +146,11 @@ def test_a_stop_string_in_the_last_token_is_counted_as_one(port: int, output: li
     answer = complete(port, ask(TOKENS, max_tokens=3, stop=f"t{output[2]}"))
     assert (only(answer)["finish_reason"], answer["usage"]["completion_tokens"]) == ("stop", 3)
     assert stops() == before + 1
+
+
+def test_a_stop_string_ends_a_sequence_that_nobody_reads(tmp_path: Path) -> None:
+    sequence = Sequence("x", TOKENS, 20, GREEDY, frozenset())
+    body = CompletionAsk(prompt=TOKENS, stop=["t8 t9"], stream=True)
+    answer = CompletionAnswer("id", "tiny", body, [sequence], TextTokenizer(small(tmp_path)))
+    reasons = [answer.add(TokenEvent("x", token, None)) for token in (7, 8, 8, 9)]
+    assert reasons == [None, None, None, "stop"]

@@ -2,9 +2,10 @@
 
 import hashlib
 import json
+import os
 import socket
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,18 @@ class Backend(ABC):
             engine.stop()
             raise
         return engine
+
+
+def check_variables(names: Iterable[str | None]) -> None:
+    """Raise a UsageError unless every environment variable that is named has a value."""
+    for name in filter(None, names):
+        if not os.environ.get(name):
+            raise UsageError(f"the environment variable {name} is not set: export it, or change the backend")
+
+
+def bearer(variable: str | None) -> dict[str, str]:
+    """The header that carries the key in this environment variable; none without one."""
+    return {"Authorization": f"Bearer {os.environ[variable]}"} if variable else {}
 
 
 def source_hash(*folders_and_files: Path) -> str:

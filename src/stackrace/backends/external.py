@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from stackrace.backends.base import Backend
+from stackrace.backends.base import Backend, bearer, check_variables
 from stackrace.backends.running import Attached, Engine, Placement
 from stackrace.harness.errors import UsageError
 from stackrace.harness.types import Endpoint
@@ -31,9 +31,7 @@ class External(Backend):
                 "backend.url holds credentials, a query or a fragment: give the bare URL, "
                 "and secrets by the names of their variables in backend.api_key_env or backend.headers_env"
             )
-        for variable in filter(None, [self.api_key_env, *self.headers_env.values()]):
-            if not os.environ.get(variable):
-                raise UsageError(f"the environment variable {variable} is not set: export it, or change the backend")
+        check_variables([self.api_key_env, *self.headers_env.values()])
 
     def command(self, at: Placement) -> list[str]:
         """None: it runs already."""
@@ -49,9 +47,10 @@ class External(Backend):
         engine.wait_for_token(self.startup_timeout)
         return engine
 
+    def headers(self) -> dict[str, str]:
+        """Those that variables are named for, and the key as a bearer token."""
+        return {name: os.environ[variable] for name, variable in self.headers_env.items()} | bearer(self.api_key_env)
+
     def endpoint(self) -> Endpoint:
         """With the headers, secrets among them."""
-        headers = {name: os.environ[variable] for name, variable in self.headers_env.items()}
-        if self.api_key_env:
-            headers["Authorization"] = f"Bearer {os.environ[self.api_key_env]}"
-        return Endpoint(self.url, self.model, headers, self.extra_body, self.omit)
+        return Endpoint(self.url, self.model, self.headers(), self.extra_body, self.omit)

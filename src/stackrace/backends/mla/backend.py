@@ -1,6 +1,5 @@
 """Our engine as a stack."""
 
-import os
 import sys
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -8,7 +7,7 @@ from pathlib import Path
 
 import stackrace
 from stackrace.backends.architectures import kv_widths
-from stackrace.backends.base import Backend, flags, source_hash
+from stackrace.backends.base import Backend, bearer, check_variables, flags, source_hash
 from stackrace.backends.checkpoint import Checkpoint
 from stackrace.backends.running import Placement
 from stackrace.harness.errors import UsageError, require
@@ -53,8 +52,7 @@ class MLA(Backend):
     def check(self) -> None:
         """The key's variable is set, if one is named."""
         super().check()
-        if self.api_key_env and not os.environ.get(self.api_key_env):
-            raise UsageError(f"the environment variable {self.api_key_env} is not set: export it, or name none")
+        check_variables([self.api_key_env])
 
     def check_weights(self, weights: Checkpoint) -> None:
         """The cache can hold what this model leaves in it."""
@@ -65,7 +63,7 @@ class MLA(Backend):
 
     def headers(self) -> dict[str, str]:
         """The key as a bearer token."""
-        return {"Authorization": f"Bearer {os.environ[self.api_key_env]}"} if self.api_key_env else {}
+        return bearer(self.api_key_env)
 
     def command(self, at: Placement) -> list[str]:
         """The server, one torch thread a core."""

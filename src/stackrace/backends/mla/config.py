@@ -132,7 +132,6 @@ def _parse(config: Mapping[str, Any]) -> ModelConfig:
     rope = _parse_rope(scaling, config["max_position_embeddings"], latent and config.get("rope_interleave", True))
     mscale = yarn_mscale(rope.factor, scaling.get("mscale_all_dim") or 0) if latent else 1
     qkv_bias, o_bias, mlp_bias = biases(config)
-    eos = config["eos_token_id"]
     return ModelConfig(
         vocab_size=config["vocab_size"],
         hidden_size=config["hidden_size"],
@@ -150,8 +149,13 @@ def _parse(config: Mapping[str, Any]) -> ModelConfig:
         rope=rope,
         softmax_scale=kv.qk_width**-0.5 * mscale**2,
         max_positions=config["max_position_embeddings"],
-        eos_tokens=frozenset(eos if isinstance(eos, list) else [eos]),
+        eos_tokens=end_tokens(config["eos_token_id"]),
     )
+
+
+def end_tokens(eos: int | list[int] | None) -> frozenset[int]:
+    """From `eos_token_id`, which may be one, several or null."""
+    return frozenset([] if eos is None else eos if isinstance(eos, list) else [eos])
 
 
 def _parse_latent(config: Mapping[str, Any]) -> Latent:

@@ -10,7 +10,7 @@ import torch
 
 from stackrace.backends import checkpoint as checkpoints
 from stackrace.backends.mla import cache, weights
-from stackrace.backends.mla.config import parse
+from stackrace.backends.mla.config import end_tokens, parse
 from stackrace.backends.mla.model import Model
 from stackrace.backends.mla.pages import PagePool
 from stackrace.backends.mla.runner import Runner, Sampled
@@ -179,8 +179,7 @@ def limits(settings: Settings, checkpoint: checkpoints.Checkpoint) -> Limits:
 def _generation_eos(folder: Path) -> frozenset[int]:
     """End-of-text tokens that generation_config.json adds, as chat models need them."""
     path = folder / "generation_config.json"
-    eos = json.loads(path.read_bytes()).get("eos_token_id") if path.exists() else None
-    return frozenset([] if eos is None else eos if isinstance(eos, list) else [eos])
+    return end_tokens(json.loads(path.read_bytes()).get("eos_token_id") if path.exists() else None)
 
 
 def _num_pages(settings: Settings, checkpoint: checkpoints.Checkpoint) -> int:

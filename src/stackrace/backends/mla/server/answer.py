@@ -3,9 +3,7 @@
 import asyncio
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Many
-from itertools import chain
 from typing import ClassVar, Generic, TypeVar
 
 import orjson
@@ -21,7 +19,6 @@ from stackrace.backends.mla.server.tokenizer import TextTokenizer
 SSE = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache"}
 DONE = b"data: [DONE]\n\n"
 
-End = Callable[[str, str], None]  # called with the id of a sequence from which nothing more is wanted, and why
 A = TypeVar("A", bound=Ask)
 
 
@@ -41,38 +38,53 @@ class Answer(ABC, Generic[A]):
     stream_object: ClassVar[str]
 
     def __init__(self, id: str, model: str, ask: A, sequences: Many[Sequence], tokenizer: TextTokenizer) -> None:
-        """Its token events, or what went wrong, are put into `inbox`."""
-        self.inbox: asyncio.Queue[TokenEvent | Refusal] = asyncio.Queue()
         self.ask = ask
         self._id = id
         self._model = model
         self._created = int(time.time())
         self._tokenizer = tokenizer
-        self._choices = {s.id: Choice(index, ask, s, tokenizer) for index, s in enumerate(sequences)}
+        self._choices = [Choice(index, ask, sequence, tokenizer) for index, sequence in enumerate(sequences)]
+        self._choice_of = {sequence.id: choice for sequence, choice in zip(sequences, self._choices, strict=True)}
+        self._refusal: Refusal | None = None
+        self._news = asyncio.Event()
 
-    async def whole(self, request: web.Request, end: End) -> web.StreamResponse:
+    def add(self, event: TokenEvent) -> str | None:
+        """One more token; why it is the last that is wanted of its sequence, if it is."""
+        choice = self._choice_of[event.id]
+        choice.add(event)
+        self._news.set()
+        return choice.finish_reason
+
+    def refuse(self, refusal: Refusal) -> None:
+        """No more tokens come: say why."""
+        self._refusal = refusal
+        self._news.set()
+
+    async def whole(self, request: web.Request) -> web.StreamResponse:
         """All tokens in one answer; returns once it is written."""
-        deltas: dict[str, list[Delta]] = {id: [] for id in self._choices}
         while not self._finished:
-            for id, delta in self._deltas(await self._next(), end):
-                deltas[id].append(delta)
-        choices = [self._whole(choice, _merge(deltas[id])) for id, choice in self._choices.items()]
+            await self._wait()
+        choices = [self._whole(choice, choice.take()) for choice in self._choices]
         body = self._head(self.whole_object) | {"choices": choices, "usage": self._usage()} | self._extras()
         response = as_json(body)
         await response.prepare(request)
         await response.write_eof()
         return response
 
-    async def stream(self, request: web.Request, end: End) -> web.StreamResponse:
+    async def stream(self, request: web.Request) -> web.StreamResponse:
         """Server-sent events, one for each choice that a step gave tokens (or several steps, if a client is slow)."""
         response = web.StreamResponse(headers=SSE)
         await response.prepare(request)
         events = b"".join(map(self._event, self._opening()))
+        finished = False
         try:
-            while not self._finished:
-                for id, delta in self._deltas(await self._next(), end):
-                    events += self._event({"choices": [self._streamed(self._choices[id], delta)]})
-                await response.write(events + self._closing() if self._finished else events)
+            while not finished:
+                await self._wait()
+                for choice in self._choices:
+                    delta = choice.take()
+                    events += self._event({"choices": [self._streamed(choice, delta)]}) if delta.tokens else b""
+                finished = self._finished
+                await response.write(events + self._closing() if finished else events)
                 events = b""
         except Refusal as refusal:
             await response.write(_sse(refusal.body))
@@ -81,28 +93,14 @@ class Answer(ABC, Generic[A]):
 
     @property
     def _finished(self) -> bool:
-        return all(choice.finish_reason for choice in self._choices.values())
+        return all(choice.finish_reason for choice in self._choices)
 
-    async def _next(self) -> dict[str, list[TokenEvent]]:
-        """The events that are there, or come next, by choice. Raises a Refusal found among them."""
-        events: dict[str, list[TokenEvent]] = {}
-        inbox = [await self.inbox.get()]
-        while not self.inbox.empty():
-            inbox.append(self.inbox.get_nowait())
-        for event in inbox:
-            if isinstance(event, Refusal):
-                raise event
-            events.setdefault(event.id, []).append(event)
-        return events
-
-    def _deltas(self, events: Mapping[str, Many[TokenEvent]], end: End) -> Iterator[tuple[str, Delta]]:
-        """What they add to each choice, one after the other, so that running usage counts what was told."""
-        for id, its in events.items():
-            delta = self._choices[id].add(its)
-            if reason := self._choices[id].finish_reason:
-                end(id, reason)
-            if delta.tokens:
-                yield id, delta
+    async def _wait(self) -> None:
+        """Return when there is something to tell. Raises the refusal, if it is one."""
+        await self._news.wait()
+        self._news.clear()
+        if self._refusal:
+            raise self._refusal
 
     def _head(self, kind: str) -> Json:
         return {"id": self._id, "object": kind, "created": self._created, "model": self._model}
@@ -120,9 +118,9 @@ class Answer(ABC, Generic[A]):
 
     def _usage(self) -> Json:
         """Token counts; each prompt counts once, however many choices it has."""
-        firsts = [choice for choice in self._choices.values() if choice.index % self.ask.n == 0]
+        firsts = self._choices[:: self.ask.n]
         prompt = sum(len(choice.prompt) for choice in firsts)
-        output = sum(choice.num_tokens for choice in self._choices.values())
+        output = sum(choice.num_tokens for choice in self._choices)
         cached = sum(choice.cached_tokens for choice in firsts)
         return {
             "prompt_tokens": prompt,
@@ -186,7 +184,7 @@ class CompletionAnswer(Answer[CompletionAsk]):
     def _whole(self, choice: Choice, delta: Delta) -> Json:
         fields = self._streamed(choice, delta)
         if self.ask.prompt_logprobs is not None:
-            first = list(self._choices.values())[choice.index - choice.index % self.ask.n]
+            first = self._choices[choice.index - choice.index % self.ask.n]
             fields["prompt_logprobs"] = self._prompt_logprobs(first)
         return fields
 
@@ -217,7 +215,7 @@ class ChatAnswer(Answer[ChatAsk]):
 
     def _opening(self) -> list[Json]:
         fields = {"delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
-        return [{"choices": [{"index": c.index} | fields]} | self._extras() for c in self._choices.values()]
+        return [{"choices": [{"index": c.index} | fields]} | self._extras() for c in self._choices]
 
     def _streamed(self, choice: Choice, delta: Delta) -> Json:
         return {"index": choice.index, "delta": {"content": delta.text}} | self._rest(choice, delta)
@@ -228,7 +226,7 @@ class ChatAnswer(Answer[ChatAsk]):
 
     def _extras(self) -> Json:
         """Of the one prompt that all choices share."""
-        choice = next(iter(self._choices.values()))
+        choice = self._choices[0]
         extras: Json = {"prompt_token_ids": choice.prompt} if self.ask.return_token_ids else {}
         if choice.prompt_logprobs is not None:
             extras["prompt_logprobs"] = self._prompt_logprobs(choice)
@@ -248,8 +246,3 @@ class ChatAnswer(Answer[ChatAsk]):
     def _named(self, token: int, logprob: float) -> Json:
         name = self._name(token)
         return {"token": name, "logprob": logprob, "bytes": list(name.encode())}
-
-
-def _merge(deltas: Many[Delta]) -> Delta:
-    texts, tokens, told = zip(*deltas, strict=True)
-    return Delta("".join(texts), list(chain(*tokens)), list(chain(*told)))

@@ -6,7 +6,7 @@ import traceback
 import uuid
 from collections.abc import Sequence as Many
 from http import HTTPStatus
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from aiohttp import web
 from aiohttp.typedefs import Handler
@@ -30,7 +30,7 @@ A = TypeVar("A", bound=Ask)
 class Open(NamedTuple):
     """A sequence that somebody waits for."""
 
-    inbox: asyncio.Queue[TokenEvent | Refusal]
+    answer: Answer[Any]
     timing: Timing
 
 
@@ -146,15 +146,16 @@ class Api:
         self._check_room(len(wanted))
         answer = kind(id, self._name, ask, wanted, self._tokenizer)
         for sequence in wanted:
-            self._open[sequence.id] = Open(answer.inbox, Timing(len(sequence.prompt)))
+            self._open[sequence.id] = Open(answer, Timing(len(sequence.prompt)))
             self.worker.submit(sequence)
         self._num_answering += 1
         try:
-            return await (answer.stream if ask.stream else answer.whole)(request, self._end)
+            return await (answer.stream if ask.stream else answer.whole)(request)
         finally:
             self._num_answering -= 1
             for sequence in wanted:
-                self._close(sequence.id)  # where the client left before the end
+                if self._open.pop(sequence.id, None):  # the client left before the end
+                    self.worker.abort(sequence.id)
 
     async def _encode(self, given: Many[str | list[int]], special: bool) -> list[list[int]]:
         def encode() -> list[list[int]]:
@@ -185,10 +186,9 @@ class Api:
             raise Refusal(503, "the server is shutting down")
         if count > self._max_open:
             raise Refusal(400, f"{count} sequences in one request; at most {self._max_open} may be unfinished at once")
-        unfinished = sum(not waiting.timing.ended for waiting in self._open.values())
-        if unfinished + count > self._max_open:
+        if len(self._open) + count > self._max_open:
             self._metrics.rejections.inc()
-            raise Refusal(429, f"{unfinished} of {self._max_open} sequences are unfinished; try again later")
+            raise Refusal(429, f"{len(self._open)} of {self._max_open} sequences are unfinished; try again later")
 
     def _deliver(self, events: list[TokenEvent]) -> None:
         for event in events:
@@ -196,20 +196,11 @@ class Api:
             if waiting is None:  # nobody waits any more
                 continue
             self._metrics.token(waiting.timing, event)
-            waiting.timing.ended = event.finish_reason is not None
-            waiting.inbox.put_nowait(event)
-
-    def _end(self, id: str, reason: str) -> None:
-        """Nothing more is wanted of a sequence: it has ended, or a stop string was found."""
-        if waiting := self._close(id):
-            self._metrics.end(waiting.timing, reason)
-
-    def _close(self, id: str) -> Open | None:
-        """Nobody waits for it any more; the engine is told, unless it had ended."""
-        waiting = self._open.pop(id, None)
-        if waiting and not waiting.timing.ended:
-            self.worker.abort(id)
-        return waiting
+            if reason := waiting.answer.add(event):
+                del self._open[event.id]
+                self._metrics.end(waiting.timing, reason)
+                if not event.finish_reason:  # a stop string, of which the engine knows nothing
+                    self.worker.abort(event.id)
 
     def _fail(self, error: BaseException) -> None:
         """The engine's thread has died: say so to everybody, and stop."""
@@ -219,9 +210,10 @@ class Api:
         self._stopping = asyncio.ensure_future(self.drain(SOON))
 
     def _cut(self, refusal: Refusal) -> None:
-        for id in [id for id, waiting in self._open.items() if not waiting.timing.ended]:
-            if waiting := self._close(id):
-                waiting.inbox.put_nowait(refusal)
+        for id, waiting in self._open.items():
+            self.worker.abort(id)
+            waiting.answer.refuse(refusal)
+        self._open.clear()
 
     async def _settle(self, seconds: float) -> None:
         """Wait until nobody is being answered, `seconds` at most."""

@@ -1,7 +1,6 @@
 """One output of a request: from token events to text, and to its end."""
 
-from collections.abc import Sequence as Many
-from typing import NamedTuple
+from dataclasses import dataclass, field
 
 from stackrace.backends.mla.engine import TokenEvent
 from stackrace.backends.mla.sequence import Sequence, TokenLogprobs
@@ -9,12 +8,13 @@ from stackrace.backends.mla.server.protocol import Ask
 from stackrace.backends.mla.server.tokenizer import Detokenizer, StopFinder, TextTokenizer
 
 
-class Delta(NamedTuple):
+@dataclass(slots=True)
+class Delta:
     """What some token events add to a choice."""
 
-    text: str
-    tokens: list[int]
-    told: list[TokenLogprobs]
+    text: str = ""
+    tokens: list[int] = field(default_factory=list)
+    told: list[TokenLogprobs] = field(default_factory=list)
 
 
 class Choice:
@@ -23,29 +23,30 @@ class Choice:
     def __init__(self, index: int, ask: Ask, sequence: Sequence, tokenizer: TextTokenizer) -> None:
         self.index = index
         self.prompt = sequence.prompt
-        self.num_tokens = 0
+        self.num_tokens = 0  # told
         self.cached_tokens = 0
         self.offset = 0  # characters of the tokens told so far
         self.finish_reason: str | None = None
         self.stop_reason: str | int | None = None
         self.prompt_logprobs: list[TokenLogprobs] | None = None
+        self._untold = Delta()
         self._stop_ids = ask.stop_token_ids
         self._detokenizer = Detokenizer(tokenizer, sequence.prompt, ask.skip_special_tokens)
         self._stop = StopFinder(ask.stop)
 
-    def add(self, events: Many[TokenEvent]) -> Delta:
-        """Take the events up to the one that ends it; `finish_reason` says whether one did."""
-        delta = Delta("", [], [])
-        for event in events:
-            if self.finish_reason:
-                break
-            delta.tokens.append(event.token)
-            if event.logprobs:
-                delta.told.append(event.logprobs)
-            delta = delta._replace(text=delta.text + self._text(event))
-            self.cached_tokens = event.cached_tokens
-            if event.prompt_logprobs is not None:
-                self.prompt_logprobs = event.prompt_logprobs
+    def add(self, event: TokenEvent) -> None:
+        """Take its next token; `finish_reason` says whether that was the last."""
+        self._untold.tokens.append(event.token)
+        if event.logprobs:
+            self._untold.told.append(event.logprobs)
+        self._untold.text += self._text(event)
+        self.cached_tokens = event.cached_tokens
+        if event.prompt_logprobs is not None:
+            self.prompt_logprobs = event.prompt_logprobs
+
+    def take(self) -> Delta:
+        """What has come since the last time."""
+        delta, self._untold = self._untold, Delta()
         self.num_tokens += len(delta.tokens)
         return delta
 

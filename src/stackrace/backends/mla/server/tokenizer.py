@@ -22,6 +22,8 @@ class TextTokenizer:
         self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        added = self._tokenizer.get_added_tokens_decoder()
+        self.special_tokens = frozenset(token for token, what in added.items() if what.special)
         config = _read_json(folder / "tokenizer_config.json")
         self._template = _template(folder, config)
         self._special = {name: _content(config[name]) for name in ("bos_token", "eos_token") if config.get(name)}
@@ -59,11 +61,14 @@ class Detokenizer:
     def __init__(self, tokenizer: TextTokenizer, prompt: Sequence[int], skip_special: bool) -> None:
         self._tokenizer = tokenizer
         self._skip_special = skip_special
+        self._silent = tokenizer.special_tokens if skip_special else frozenset[int]()
         self._tokens = self._end_of(prompt)
         self._num_said = len(self._tokens)  # their text was given, or is the prompt's
 
     def add(self, token: int) -> str:
         """The text that `token` completes; an unfinished character waits for the next one."""
+        if token in self._silent:
+            return ""
         self._tokens.append(token)
         text = self._new_text()
         if not text or text.endswith(UNFINISHED):
