@@ -7,8 +7,8 @@ import threading
 
 from stackrace.harness.clock import Alarms, now
 from stackrace.harness.load.connections import Connections
-from stackrace.harness.load.dialect import request_bytes
 from stackrace.harness.load.driver import Driver, Plan
+from stackrace.harness.load.request import request_bytes
 from stackrace.harness.types import Endpoint, Request, Sampling
 
 _EVENTS = b'data: {"choices": [{"token_ids": [1], "text": "a"}]}\n\ndata: [DONE]\n\n'

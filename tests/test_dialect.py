@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stackrace.harness.load.client import _EndOfResponse
-from stackrace.harness.load.dialect import Read, parse, request_bytes
+from stackrace.harness.load.request import request_bytes
+from stackrace.harness.load.response import Read, parse
 from stackrace.harness.types import Endpoint, Request, Sampling
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream; charset=utf-8\r\nTransfer-Encoding: chunked\r\n\r\n"

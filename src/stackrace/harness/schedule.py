@@ -28,6 +28,8 @@ _SCHEMA = pa.schema(
         ("seed", pa.int64()),
         ("session", pa.int64()),
         ("turn", pa.int64()),
+        ("think", pa.float64()),
+        ("messages", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))),
     ]
 )
 
@@ -47,11 +49,12 @@ class Schedule:
     @cached_property
     def hash(self) -> str:
         """SHA-256 over every value, independent of file formats and library versions."""
-        digest = hashlib.sha256(b"stackrace schedule 1")
+        digest = hashlib.sha256(b"stackrace schedule 2")
         digest.update(np.array(self.due, dtype="<i8").tobytes())
         for r in self.requests:
             sampling = (r.sampling.temperature, r.sampling.top_p, r.sampling.top_k, r.sampling.seed)
-            digest.update(repr((r.id, r.output_tokens, sampling, r.session, r.turn, len(r.prompt))).encode())
+            shape = (r.id, r.output_tokens, sampling, r.session, r.turn, r.think, r.messages, len(r.prompt))
+            digest.update(repr(shape).encode())
             digest.update(np.array(r.prompt, dtype="<i4").tobytes())
         return digest.hexdigest()
 
@@ -102,6 +105,8 @@ def _row(request: Request, due: int) -> dict[str, object]:
         "seed": s.seed,
         "session": request.session,
         "turn": request.turn,
+        "think": request.think,
+        "messages": request.messages and [{"role": role, "content": content} for role, content in request.messages],
     }
 
 
@@ -114,4 +119,6 @@ def _request(row: dict[str, Any]) -> Request:
         sampling=sampling,
         session=row["session"],
         turn=row["turn"],
+        think=row["think"],
+        messages=row["messages"] and tuple((m["role"], m["content"]) for m in row["messages"]),
     )

@@ -26,8 +26,10 @@ class Request:
     output_tokens: int
     sampling: Sampling
     due: float | None = None  # seconds after the start, where the workload itself knows (a trace)
-    session: int | None = None
-    turn: int | None = None
+    session: int | None = None  # requests of one session are asked one after the other, in the order of their turns
+    turn: int | None = None  # from 0
+    think: float = 0.0  # seconds from the end of the turn before until this one is due
+    messages: tuple[tuple[str, str], ...] | None = None  # (role, content): asked as a chat; `prompt` is what it becomes
 
 
 Arrival = Callable[[np.random.Generator], Iterator[float]]

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from stackrace.harness.clock import now
 from stackrace.harness.load.connections import Connection
-from stackrace.harness.load.dialect import Read
+from stackrace.harness.load.response import Read
 
 _LAST_CHUNK = b"\r\n0\r\n\r\n"
 _LAST_CHUNK_AND_TRAILERS = re.compile(rb"\r\n0+(?:;[^\r\n]*)?\r\n(?:[^\r\n]+\r\n)*\r\n\Z")

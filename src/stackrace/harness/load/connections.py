@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 from stackrace.harness.clock import SECOND, now
 from stackrace.harness.errors import UsageError
-from stackrace.harness.load.dialect import Read
+from stackrace.harness.load.response import Read
 
 MAX_IDLE = 4 * SECOND  # vLLM and SGLang close an idle connection after 5 s
 _READ_BYTES = 65536

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from stackrace.harness.clock import SECOND, Alarms, now
 from stackrace.harness.load.client import Exchange
 from stackrace.harness.load.connections import Connection, Connections
-from stackrace.harness.load.dialect import Read
+from stackrace.harness.load.response import Read
 
 _UPKEEP = SECOND // 4
 _AHEAD = SECOND  # connections are opened this long before they are needed

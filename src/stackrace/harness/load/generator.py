@@ -11,8 +11,8 @@ from typing import IO
 
 from stackrace.harness.errors import LoadGeneratorDied
 from stackrace.harness.load import messages
-from stackrace.harness.load.dialect import Answer, parse
 from stackrace.harness.load.driver import Capture
+from stackrace.harness.load.response import Answer, parse
 from stackrace.harness.types import Record
 
 

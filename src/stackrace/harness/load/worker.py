@@ -18,9 +18,10 @@ from stackrace.harness import host
 from stackrace.harness.clock import SECOND, Alarms, now
 from stackrace.harness.load import messages
 from stackrace.harness.load.connections import Connections
-from stackrace.harness.load.dialect import parse, request_bytes
 from stackrace.harness.load.driver import Capture, Driver, Plan
 from stackrace.harness.load.messages import Health, Job, Message, Started, Tick, WarmedUp
+from stackrace.harness.load.request import request_bytes
+from stackrace.harness.load.response import parse
 from stackrace.harness.schedule import Schedule
 
 _HEARTBEAT = SECOND // 100

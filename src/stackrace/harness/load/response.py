@@ -1,15 +1,13 @@
-"""The wire: a request's bytes, and what the bytes of a response say. Pure; no sockets, no clock."""
+"""The wire, inbound: what the bytes of a response say. Pure; no sockets, no clock."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit
 
 import httptools
 import orjson
 
 from stackrace.harness.errors import ProtocolError
-from stackrace.harness.types import Endpoint, Request
 
 _LARGEST = (1 << 31) - 1  # token id or token count
 
@@ -37,35 +35,6 @@ class Answer:
     cached_tokens: int | None = None
     token_source: str | None = None
     error: str | None = None
-
-
-def request_bytes(endpoint: Endpoint, request: Request) -> bytes:
-    """POST …/v1/completions as HTTP/1.1: streamed, the prompt as token ids, usage with every event."""
-    body: dict[str, Any] = {
-        "model": endpoint.model,
-        "prompt": request.prompt,
-        "max_tokens": request.output_tokens,
-        "temperature": request.sampling.temperature,
-        "top_p": request.sampling.top_p,
-        "top_k": request.sampling.top_k,
-        "seed": request.sampling.seed,
-        "ignore_eos": True,
-        "return_token_ids": True,
-        "stream": True,
-        "stream_options": {"include_usage": True, "continuous_usage_stats": True},
-        **endpoint.extra_body,
-    }
-    content = orjson.dumps({k: v for k, v in body.items() if k not in endpoint.omit})
-    url = urlsplit(endpoint.url)
-    headers = {
-        "Host": url.netloc,
-        "Content-Type": "application/json",
-        "Accept": "text/event-stream",
-        "Content-Length": str(len(content)),
-        **endpoint.headers,
-    }
-    head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
-    return f"POST {url.path.rstrip('/')}/v1/completions HTTP/1.1\r\n{head}\r\n".encode() + content
 
 
 def parse(reads: Iterable[Read]) -> Answer:
