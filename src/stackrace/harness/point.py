@@ -53,6 +53,11 @@ class Point:
         return self.sweep_folder / self.key
 
     @property
+    def workers(self) -> int:
+        """Processes of the load generator."""
+        return int(self.config["hardware"]["workers"] or len(self.cores.load_generator))
+
+    @property
     def seconds(self) -> float:
         """About how long the schedule asks; 0 for a closed loop, which nobody knows before."""
         return float(self.config["stop"]["seconds"] or self.due[-1] / SECOND)
@@ -172,6 +177,9 @@ def _cores(config: Mapping[str, Any]) -> host.Cores:
     require("hardware.load_generator_cores", load_generator, int, lambda v: v > 0, count)
     if engine is not None:
         require("hardware.engine_cores", engine, int, lambda v: v > 0, count + ", or null for all others")
+    workers = config["hardware"]["workers"]
+    if workers is not None:
+        require("hardware.workers", workers, int, lambda v: v > 0, "a whole number above 0, or null for one a core")
     return host.split_cores(load_generator, engine)
 
 

@@ -63,16 +63,23 @@ def _grade(value: float | None, limits: Mapping[str, float | None]) -> int:
 
 
 def _findings(run: Observed, summary: Summary, config: Mapping[str, Any], meta: Mapping[str, Any]) -> Iterator[Finding]:
-    lag, client = summary.get("lag", {}), meta.get("load_generator", {})
+    lag = summary.get("lag", {})
     worst, where = (lag["p99"], "at p99") if "p99" in lag else (lag.get("max"), "at worst")
     yield Finding("lag_p99", worst, f"the client sent {{:.4f}} s late {where}")
-    yield Finding("loop_lag_p99", client.get("loop_lag_p99"), "the client's loop was {:.4f} s late at p99")
-    yield Finding("cpu_share", client.get("cpu_share"), "the client used {:.0%} of its core")
+    yield Finding("loop_lag_p99", _worst(meta, "loop_lag_p99"), "the client's loop was {:.4f} s late at p99")
+    yield Finding("cpu_share", _worst(meta, "cpu_share"), "the client used {:.0%} of its core")
     yield Finding("error_share", _share(run.failed, ~run.censored), "{:.1%} of the requests failed")
     yield Finding("wrong_lengths", _share(_has_wrong_length(run), run.ok), "{:.1%} of the answers have wrong lengths")
     beyond = _cached_beyond(run, config["workload"].get("shared_prefix", 0.0))
     yield Finding("cached_share", beyond, "{:.1%} of the prompt tokens came from a prefix cache, unasked")
     yield Finding("queue_growth", _queue_growth(run), "the queue kept growing: {:.1f} times as long at the end")
+
+
+def _worst(meta: Mapping[str, Any], name: str) -> float | None:
+    """Of all workers; older runs had one, and told of it without a list."""
+    client = meta.get("load_generator", {})
+    told = [w[name] for w in client.get("workers", [client]) if w.get(name) is not None]
+    return max(told, default=None)
 
 
 def _plain_reasons(run: Observed, meta: Mapping[str, Any]) -> Iterator[str]:

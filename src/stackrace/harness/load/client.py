@@ -5,16 +5,16 @@ import re
 from collections.abc import Callable
 
 from stackrace.harness.clock import now
-from stackrace.harness.load.connections import Connection
-from stackrace.harness.load.response import Read
+from stackrace.harness.load.connections import Connection, Received
 
 _LAST_CHUNK = b"\r\n0\r\n\r\n"
 _LAST_CHUNK_AND_TRAILERS = re.compile(rb"\r\n0+(?:;[^\r\n]*)?\r\n(?:[^\r\n]+\r\n)*\r\n\Z")
 _TAIL_BYTES = 1024  # as much of the end is looked at for a last chunk with extensions or trailers
+_TAIL_PIECES = 512  # of 4 bytes or more each; half of them are kept when there are more
 
 
 class Exchange:
-    """Sends `payload` and collects reads until the response is complete; then calls `on_end(self)` once."""
+    """Sends `payload` and keeps what is read until the response is complete; then calls `on_end(self)` once."""
 
     __slots__ = (
         "_end_of_response",
@@ -27,13 +27,13 @@ class Exchange:
         "error",
         "is_reset",
         "is_reusable",
-        "reads",
+        "received",
         "sent",
     )
 
     def __init__(self, payload: bytes, loop: asyncio.AbstractEventLoop, on_end: Callable[["Exchange"], None]) -> None:
         self.connection: Connection | None = None
-        self.reads: list[Read] = []
+        self.received = Received()
         self.sent: int | None = None
         self.body_sent: int | None = None
         self.end: int | None = None
@@ -58,9 +58,14 @@ class Exchange:
             self._finish(error)
 
     @property
+    def is_refused(self) -> bool:
+        """The server answered with another status than 200."""
+        return self._end_of_response.status not in (b"200", b"")
+
+    @property
     def last_activity(self) -> int | None:
         """When something last arrived or was sent."""
-        return self.reads[-1].stamp if self.reads else self.sent
+        return self.received.stamps[-1] if self.received.stamps else self.sent
 
     def _write(self) -> None:
         assert self.connection is not None
@@ -83,30 +88,26 @@ class Exchange:
     def _on_readable(self) -> None:
         assert self.connection is not None
         try:
-            reads = self.connection.receive()
+            data = self.connection.receive(self.received)
         except BlockingIOError:
             return
         except OSError as e:
             self._break(f"{type(e).__name__}: {e}")
             return
-        for read in reads:
-            if not read.data:
-                self._on_eof()
-                return
-            self.reads.append(read)
-            if self._end_of_response.seen(read.data):
-                self.is_reusable = self._end_of_response.keeps_alive and not self._pending
-                self._finish(None)
-                return
+        if not data:
+            self._on_eof()
+        elif self._end_of_response.seen(data):
+            self.is_reusable = self._end_of_response.keeps_alive and not self._pending
+            self._finish(None)
 
     def _on_eof(self) -> None:
-        if self.reads and self._end_of_response.is_at_close:
+        if self.received.data and self._end_of_response.is_at_close:
             self._finish(None)
         else:
             self._break("connection closed by the server before the end of its response")
 
     def _break(self, error: str) -> None:
-        self.is_reset = not self.reads
+        self.is_reset = not self.received.data
         self._finish(error)
 
     def _finish(self, error: str | None) -> None:
@@ -125,12 +126,13 @@ class Exchange:
 class _EndOfResponse:
     """Tells from the raw bytes, without parsing them, when an HTTP/1.1 response is over."""
 
-    __slots__ = ("_head", "_left", "_tail", "is_at_close", "keeps_alive")
+    __slots__ = ("_head", "_left", "_tail", "is_at_close", "keeps_alive", "status")
 
     def __init__(self) -> None:
         self._head: bytes | None = b""  # None once the headers are complete
         self._left: int | None = None  # body bytes still to come, where the headers told
-        self._tail = b""
+        self._tail: list[bytes] = []  # the last pieces, _TAIL_BYTES of them or more
+        self.status = b""
         self.is_at_close = False
         self.keeps_alive = True
 
@@ -153,13 +155,23 @@ class _EndOfResponse:
             return self._left <= 0
         if self.is_at_close:
             return False
-        self._tail = (self._tail + data)[-_TAIL_BYTES:]
-        if self._tail.endswith(_LAST_CHUNK):
+        self._tail.append(data)
+        if len(data) < 4 or data.endswith(b"\r\n\r\n"):  # else no need to look closer
+            return self._is_last_chunk()
+        if len(self._tail) > _TAIL_PIECES:
+            del self._tail[: -_TAIL_PIECES // 2]
+        return False
+
+    def _is_last_chunk(self) -> bool:
+        tail = b"".join(self._tail)[-_TAIL_BYTES:]
+        self._tail = [tail]
+        if tail.endswith(_LAST_CHUNK):
             return True
-        return self._tail.endswith(b"\r\n\r\n") and _LAST_CHUNK_AND_TRAILERS.search(self._tail) is not None
+        return tail.endswith(b"\r\n\r\n") and _LAST_CHUNK_AND_TRAILERS.search(tail) is not None
 
     def _read_head(self, head: bytes) -> None:
         self._head = None
+        self.status = head.partition(b" ")[2][:3]
         fields = dict(line.split(b":", 1) for line in head.split(b"\r\n")[1:] if b":" in line)
         self.keeps_alive = b"close" not in fields.get(b"connection", b"")
         if b"chunked" in fields.get(b"transfer-encoding", b""):

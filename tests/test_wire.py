@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from stackrace.harness.load.client import _EndOfResponse
 from stackrace.harness.load.request import request_bytes
-from stackrace.harness.load.response import Read, parse
+from stackrace.harness.load.response import parse
 from stackrace.harness.types import Endpoint, Request, Sampling
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream; charset=utf-8\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -21,10 +21,6 @@ def chunked(*parts):
 
 def event(**fields):
     return b"data: " + json.dumps(fields).encode() + b"\n\n"
-
-
-def reads(*parts):
-    return [Read(stamp, [], data) for stamp, data in enumerate(parts)]
 
 
 def usage(n_out, n_in=3):
@@ -56,12 +52,12 @@ def test_request_has_everything_that_decides_the_answer():
     }
 
 
-def test_a_chunk_has_the_time_of_the_read_that_completed_it():
+def test_a_chunk_is_of_the_read_that_completed_it():
     first, second = event(choices=[{"token_ids": [1]}]), event(choices=[{"token_ids": [2, 3]}])
     whole = HEAD + chunked(first, second, DONE)
     at = whole.index(b'"token_ids": [2')
-    answer = parse(reads(whole[:at], whole[at : at + 3], whole[at + 3 :]))
-    assert (answer.chunk_times, answer.chunk_tokens, answer.output_ids) == ([0, 2], [1, 2], [1, 2, 3])
+    answer = parse([whole[:at], whole[at : at + 3], whole[at + 3 :]])
+    assert (answer.chunk_reads, answer.chunk_tokens, answer.output_ids) == ([0, 2], [1, 2], [1, 2, 3])
     assert answer.done
     assert answer.complete
     assert answer.error is None
@@ -75,7 +71,7 @@ def test_running_usage_counts_tokens_and_an_empty_text_still_brings_one():
         event(choices=[], usage=usage(3)),
         DONE,
     )
-    answer = parse(reads(HEAD, body))
+    answer = parse([HEAD, body])
     assert answer.chunk_tokens == [1, 2]
     assert answer.token_source == "usage"
     assert (answer.prompt_tokens, answer.output_tokens) == (3, 3)
@@ -88,14 +84,14 @@ def test_a_role_only_event_brings_no_token():
         event(choices=[], usage=usage(1)),
         DONE,
     )
-    answer = parse(reads(HEAD, *(bytes([b]) for b in body)))
+    answer = parse([HEAD, *(bytes([b]) for b in body)])
     assert answer.chunk_tokens == [1]
     assert answer.token_source == "text"
 
 
 def test_cached_tokens_are_kept():
     last = event(choices=[], usage={**usage(1), "prompt_tokens_details": {"cached_tokens": 2}})
-    assert parse(reads(HEAD, chunked(event(choices=[{"text": "a"}]), last, DONE))).cached_tokens == 2
+    assert parse([HEAD, chunked(event(choices=[{"text": "a"}]), last, DONE)]).cached_tokens == 2
 
 
 @pytest.mark.parametrize(
@@ -116,12 +112,12 @@ def test_cached_tokens_are_kept():
     ],
 )
 def test_what_is_wrong_is_said(raw, words):
-    assert words in parse(reads(raw)).error
+    assert words in parse([raw]).error
 
 
 def test_a_bad_event_costs_no_later_one():
     body = chunked(b"data: {bad\n\n", event(choices=[{"token_ids": [4]}]), DONE)
-    answer = parse(reads(HEAD, body))
+    answer = parse([HEAD, body])
     assert answer.output_ids == [4]
     assert "bad event" in answer.error
 
@@ -148,7 +144,7 @@ def test_wherever_the_reads_are_cut_the_same_tokens_come(tokens, cuts, newline, 
     raw = a_response(tokens, newline, chunks)
     at = sorted({0, len(raw), *(c for c in cuts if c < len(raw))})
     pieces = [raw[a:b] for a, b in itertools.pairwise(at)]
-    answer = parse(reads(*pieces))
+    answer = parse([*pieces])
     assert answer.error is None
     assert answer.chunk_tokens == tokens
     assert answer.output_tokens == sum(tokens)
@@ -179,7 +175,7 @@ def test_the_end_of_a_response_is_seen_without_parsing_it(raw, alive, size):
 @given(st.binary(max_size=400), st.lists(st.integers(0, 400), max_size=5))
 def test_no_bytes_make_the_parser_raise(raw, cuts):
     at = sorted({0, len(raw), *(c for c in cuts if c < len(raw))})
-    parse(reads(*(HEAD, *(raw[a:b] for a, b in itertools.pairwise(at)))))
-    parse(reads(raw))
+    parse([*(HEAD, *(raw[a:b] for a, b in itertools.pairwise(at)))])
+    parse([raw])
     ends = _EndOfResponse()
     ends.seen(raw)
