@@ -9,6 +9,7 @@ from stackrace.harness.clock import Alarms, now
 from stackrace.harness.load.connections import Connections
 from stackrace.harness.load.driver import Driver
 from stackrace.harness.load.plan import Plan, Start
+from stackrace.harness.load.readiness import Readiness
 from stackrace.harness.load.request import request_bytes
 from stackrace.harness.load.slots import Slots, SlotTable
 from stackrace.harness.types import Endpoint, Request, Sampling
@@ -85,7 +86,9 @@ def drive(endpoint, n, concurrency, on_end):
             stall_timeout=10**10,
         )
         connections = Connections(endpoint.url, 5.0)
-        await Driver(plan, Slots(table, 0), alarms, connections, keep).run()
+        readiness = Readiness(asyncio.get_running_loop())
+        await Driver(plan, Slots(table, 0), alarms, readiness, connections, keep).run()
+        readiness.close()
         table.close()
         alarms.close()
         connections.close()

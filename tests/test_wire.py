@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stackrace.harness.load.client import _EndOfResponse
+from stackrace.harness.load.framing import EndOfResponse
 from stackrace.harness.load.request import request_bytes
 from stackrace.harness.load.response import parse
 from stackrace.harness.types import Endpoint, Request, Sampling
@@ -25,6 +25,17 @@ def event(**fields):
 
 def usage(n_out, n_in=3):
     return {"prompt_tokens": n_in, "completion_tokens": n_out}
+
+
+def ends_of(pieces):
+    """Whether the response seemed to end with each of the pieces."""
+    read = []
+    ends = EndOfResponse(read)
+    found = []
+    for piece in pieces:
+        read.append(piece)
+        found.append(ends.is_here())
+    return found, ends
 
 
 DONE = b"data: [DONE]\n\n"
@@ -150,8 +161,7 @@ def test_wherever_the_reads_are_cut_the_same_tokens_come(tokens, cuts, newline, 
     assert answer.output_tokens == sum(tokens)
     assert answer.complete
     assert answer.done
-    ends = _EndOfResponse()
-    assert [ends.seen(p) for p in pieces] == [False] * (len(pieces) - 1) + [True]
+    assert ends_of(pieces)[0] == [False] * (len(pieces) - 1) + [True]
 
 
 @pytest.mark.parametrize(
@@ -166,9 +176,9 @@ def test_wherever_the_reads_are_cut_the_same_tokens_come(tokens, cuts, newline, 
 )
 @pytest.mark.parametrize("size", [1, 3, 1000])
 def test_the_end_of_a_response_is_seen_without_parsing_it(raw, alive, size):
-    ends = _EndOfResponse()
     pieces = [raw[i : i + size] for i in range(0, len(raw), size)]
-    assert [ends.seen(p) for p in pieces] == [False] * (len(pieces) - 1) + [True]
+    found, ends = ends_of(pieces)
+    assert found == [False] * (len(pieces) - 1) + [True]
     assert ends.keeps_alive == alive
 
 
@@ -177,5 +187,4 @@ def test_no_bytes_make_the_parser_raise(raw, cuts):
     at = sorted({0, len(raw), *(c for c in cuts if c < len(raw))})
     parse([*(HEAD, *(raw[a:b] for a, b in itertools.pairwise(at)))])
     parse([raw])
-    ends = _EndOfResponse()
-    ends.seen(raw)
+    ends_of([raw])

@@ -1,16 +1,12 @@
 """One request over one connection: send the bytes, keep what comes back with its time, and do nothing else."""
 
 import asyncio
-import re
 from collections.abc import Callable
 
 from stackrace.harness.clock import now
 from stackrace.harness.load.connections import Connection, Received
-
-_LAST_CHUNK = b"\r\n0\r\n\r\n"
-_LAST_CHUNK_AND_TRAILERS = re.compile(rb"\r\n0+(?:;[^\r\n]*)?\r\n(?:[^\r\n]+\r\n)*\r\n\Z")
-_TAIL_BYTES = 1024  # as much of the end is looked at for a last chunk with extensions or trailers
-_TAIL_PIECES = 512  # of 4 bytes or more each; half of them are kept when there are more
+from stackrace.harness.load.framing import EndOfResponse
+from stackrace.harness.load.readiness import Readiness
 
 
 class Exchange:
@@ -21,6 +17,7 @@ class Exchange:
         "_loop",
         "_on_end",
         "_pending",
+        "_readiness",
         "body_sent",
         "connection",
         "end",
@@ -31,7 +28,13 @@ class Exchange:
         "sent",
     )
 
-    def __init__(self, payload: bytes, loop: asyncio.AbstractEventLoop, on_end: Callable[["Exchange"], None]) -> None:
+    def __init__(
+        self,
+        payload: bytes,
+        loop: asyncio.AbstractEventLoop,
+        readiness: Readiness,
+        on_end: Callable[["Exchange"], None],
+    ) -> None:
         self.connection: Connection | None = None
         self.received = Received()
         self.sent: int | None = None
@@ -41,14 +44,15 @@ class Exchange:
         self.is_reusable = False  # the connection can carry another request
         self.is_reset = False  # the connection broke before any byte of a response
         self._loop = loop
+        self._readiness = readiness
         self._on_end: Callable[[Exchange], None] | None = on_end
         self._pending = memoryview(payload)
-        self._end_of_response = _EndOfResponse()
+        self._end_of_response = EndOfResponse(self.received.data)
 
     def start(self, connection: Connection) -> None:
         """Send now."""
         self.connection = connection
-        self._loop.add_reader(connection.fd, self._on_readable)
+        self._readiness.watch(connection.fd, self._on_readable)
         self.sent = now()
         self._write()
 
@@ -96,7 +100,7 @@ class Exchange:
             return
         if not data:
             self._on_eof()
-        elif self._end_of_response.seen(data):
+        elif self._end_of_response.is_here():
             self.is_reusable = self._end_of_response.keeps_alive and not self._pending
             self._finish(None)
 
@@ -114,75 +118,11 @@ class Exchange:
         self.end = now()
         self.error = error
         if self.connection is not None and self.connection.fd >= 0:
-            self._loop.remove_reader(self.connection.fd)
-            self._loop.remove_writer(self.connection.fd)
+            self._readiness.ignore(self.connection.fd)
+            if self.body_sent is None:
+                self._loop.remove_writer(self.connection.fd)
             if not self.is_reusable:
                 self.connection.close()
         on_end, self._on_end = self._on_end, None  # no cycle: the collector sleeps while the clock runs
         if on_end is not None:
             on_end(self)
-
-
-class _EndOfResponse:
-    """Tells from the raw bytes, without parsing them, when an HTTP/1.1 response is over."""
-
-    __slots__ = ("_head", "_left", "_tail", "is_at_close", "keeps_alive", "status")
-
-    def __init__(self) -> None:
-        self._head: bytes | None = b""  # None once the headers are complete
-        self._left: int | None = None  # body bytes still to come, where the headers told
-        self._tail: list[bytes] = []  # the last pieces, _TAIL_BYTES of them or more
-        self.status = b""
-        self.is_at_close = False
-        self.keeps_alive = True
-
-    def seen(self, data: bytes) -> bool:
-        """Whether the response ends with `data`, the next bytes of it."""
-        while self._head is not None:
-            head, separator, data = (self._head + data).partition(b"\r\n\r\n")
-            if not separator:
-                self._head = head
-                return False
-            self._head = b""
-            if _is_interim(head):
-                continue
-            self._read_head(head.lower())
-            data = b"\r\n" + data  # so that an empty chunked body ends like any other
-            if self._left is not None:
-                self._left += 2
-        if self._left is not None:
-            self._left -= len(data)
-            return self._left <= 0
-        if self.is_at_close:
-            return False
-        self._tail.append(data)
-        if len(data) < 4 or data.endswith(b"\r\n\r\n"):  # else no need to look closer
-            return self._is_last_chunk()
-        if len(self._tail) > _TAIL_PIECES:
-            del self._tail[: -_TAIL_PIECES // 2]
-        return False
-
-    def _is_last_chunk(self) -> bool:
-        tail = b"".join(self._tail)[-_TAIL_BYTES:]
-        self._tail = [tail]
-        if tail.endswith(_LAST_CHUNK):
-            return True
-        return tail.endswith(b"\r\n\r\n") and _LAST_CHUNK_AND_TRAILERS.search(tail) is not None
-
-    def _read_head(self, head: bytes) -> None:
-        self._head = None
-        self.status = head.partition(b" ")[2][:3]
-        fields = dict(line.split(b":", 1) for line in head.split(b"\r\n")[1:] if b":" in line)
-        self.keeps_alive = b"close" not in fields.get(b"connection", b"")
-        if b"chunked" in fields.get(b"transfer-encoding", b""):
-            return
-        length = fields.get(b"content-length", b"").strip()
-        if length.isdigit():
-            self._left = int(length)
-        else:
-            self.is_at_close = True
-
-
-def _is_interim(head: bytes) -> bool:
-    """A 1xx response, which another one follows."""
-    return head.partition(b" ")[2].startswith(b"1")

@@ -5,6 +5,7 @@ import socket
 import ssl
 from array import array
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
@@ -13,7 +14,7 @@ from stackrace.harness.errors import UsageError
 from stackrace.harness.load import stamps
 
 MAX_IDLE = 4 * SECOND  # vLLM and SGLang close an idle connection after 5 s
-_READ_BYTES = 65536
+_READ_BYTES = 16384  # more is read the next time round; asking for more costs each small read
 _AT_ONCE = 256  # connections that are opened side by side: a server's backlog is not endless
 
 
@@ -25,12 +26,6 @@ class Received:
     stamps: "array[int]" = field(default_factory=lambda: array("q"))  # just after the read, ns of CLOCK_MONOTONIC
     kernel: bytearray = field(default_factory=bytearray)  # STAMP_BYTES a read, zeros where the kernel told none
 
-    def add(self, data: bytes, stamp: int, kernel: bytes) -> None:
-        """One more read."""
-        self.data.append(data)
-        self.stamps.append(stamp)
-        self.kernel += kernel
-
 
 @dataclass(slots=True, eq=False)
 class Connection:
@@ -39,6 +34,11 @@ class Connection:
     sock: socket.socket
     used: bool = False  # carried a request already
     idle_since: int = field(default_factory=now)
+    _recvmsg: Callable[[int, int], tuple[bytes, list[tuple[int, int, bytes]], int, object]] | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.sock, ssl.SSLSocket):
+            self._recvmsg = self.sock.recvmsg
 
     @property
     def fd(self) -> int:
@@ -47,13 +47,14 @@ class Connection:
 
     def receive(self, received: Received) -> bytes:
         """Add what has arrived, and return it; nothing at the end of the stream. OSError if the connection broke."""
-        if isinstance(self.sock, ssl.SSLSocket):
-            data, kernel = _decrypted(self.sock), stamps.NO_STAMP
+        if self._recvmsg is not None:
+            data, ancillary, _, _ = self._recvmsg(_READ_BYTES, stamps.ANCILLARY_BYTES)
         else:
-            data, ancillary, _, _ = self.sock.recvmsg(_READ_BYTES, stamps.ANCILLARY_BYTES)
-            kernel = ancillary[0][2] if ancillary else stamps.NO_STAMP
+            data, ancillary = _decrypted(self.sock), []
         if data:
-            received.add(data, now(), kernel)
+            received.stamps.append(now())
+            received.kernel += ancillary[0][2] if ancillary else stamps.NO_STAMP
+            received.data.append(data)
         return data
 
     def send(self, data: memoryview) -> int:
@@ -170,7 +171,7 @@ class Connections:
             self._idle.pop().close()
 
 
-def _decrypted(sock: ssl.SSLSocket) -> bytes:
+def _decrypted(sock: socket.socket) -> bytes:
     """All that is there: what TLS has decrypted does not wake the loop again. BlockingIOError if that is nothing."""
     parts: list[bytes] = []
     try:

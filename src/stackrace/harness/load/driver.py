@@ -12,6 +12,7 @@ from stackrace.harness.clock import SECOND, Alarms, now
 from stackrace.harness.load.client import Exchange
 from stackrace.harness.load.connections import Connection, Connections, Received
 from stackrace.harness.load.plan import Plan, Start
+from stackrace.harness.load.readiness import Readiness
 from stackrace.harness.load.slots import Slots
 
 _UPKEEP = SECOND // 4
@@ -55,12 +56,14 @@ class Driver:
         plan: Plan,
         slots: Slots | None,
         alarms: Alarms,
+        readiness: Readiness,
         connections: Connections,
         on_end: Callable[[Capture], None],
     ) -> None:
         self._plan = plan
         self._slots = slots
         self._alarms = alarms
+        self._readiness = readiness
         self._connections = connections
         self._on_end = on_end
         self._loop = asyncio.get_running_loop()
@@ -165,7 +168,7 @@ class Driver:
 
     def _start(self, flight: _Flight, connection: Connection) -> None:
         on_end = functools.partial(self._on_exchange_end, flight)
-        flight.exchange = Exchange(self._plan.payloads[flight.position], self._loop, on_end)
+        flight.exchange = Exchange(self._plan.payloads[flight.position], self._loop, self._readiness, on_end)
         flight.exchange.start(connection)
 
     def _on_exchange_end(self, flight: _Flight, exchange: Exchange) -> None:

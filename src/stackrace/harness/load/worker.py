@@ -18,7 +18,9 @@ from stackrace.harness.load.connections import Connections
 from stackrace.harness.load.driver import Capture, Driver
 from stackrace.harness.load.health import Heart
 from stackrace.harness.load.messages import Go, Job, Offsets, Ready, Started, Tick, WarmedUp, WorkerJob
+from stackrace.harness.load.outbox import Outbox
 from stackrace.harness.load.plan import Plan, Share
+from stackrace.harness.load.readiness import Readiness
 from stackrace.harness.load.request import request_bytes
 from stackrace.harness.load.response import parse
 from stackrace.harness.load.slots import Slots, SlotTable
@@ -26,17 +28,19 @@ from stackrace.harness.schedule import Schedule
 
 _TICK = SECOND // 4
 
-Tell = Callable[[object], None]
-
 
 class Worker:
     """One share of a race."""
 
-    def __init__(self, task: WorkerJob, tell: Tell, go: "asyncio.Future[int]", stop: "asyncio.Future[None]") -> None:
+    def __init__(
+        self, task: WorkerJob, out: asyncio.WriteTransport, go: "asyncio.Future[int]", stop: "asyncio.Future[None]"
+    ) -> None:
         self._task, self._job = task, task.job
-        self._tell = tell
         self._go, self._stop = go, stop
         self._alarms = Alarms(asyncio.get_running_loop())
+        self._outbox = Outbox(out, self._alarms)
+        self._tell = self._outbox.tell
+        self._readiness = Readiness(asyncio.get_running_loop())
         self._connections = Connections(self._job.endpoint.url, self._job.connect_timeout)
 
     async def work(self) -> None:
@@ -59,18 +63,21 @@ class Worker:
         if not self._stop.done():
             await self._race(_plan(job, share, payloads, is_closed, self._go.result()))
         self._alarms.close()
+        self._readiness.close()
         self._connections.close()
 
     async def _race(self, plan: Plan) -> None:
         slots = Slots(self._task.slots, self._task.worker) if self._task.slots else None
-        driver = Driver(plan, slots, self._alarms, self._connections, self._tell)
+        driver = self._driver(plan, slots, self._tell)
         self._tell(Started(self._task.worker, self._go.result()))
         heart = Heart(self._alarms)
         self._keep_ticking(driver, heart)
         await self._run_until_stopped(driver)
-        self._tell(Offsets(heart.new_offsets()))
-        self._tell(heart.health(self._task.worker))
+        health = heart.health(self._task.worker)
         heart.stop()
+        self._outbox.drain()
+        self._tell(Offsets(heart.new_offsets()))
+        self._tell(health)
 
     async def _warm_up(self) -> None:
         begin, schedule = now(), self._job.warmup
@@ -79,12 +86,15 @@ class Worker:
         table = SlotTable.make(self._job.warmup_concurrency, share.tickets, 1)
         captures: list[Capture] = []
         plan = _plan(self._job, share, payloads, True, begin, seconds=None)
-        driver = Driver(plan, Slots(table, 0), self._alarms, self._connections, captures.append)
+        driver = self._driver(plan, Slots(table, 0), captures.append)
         await self._run_until_stopped(driver)
         table.close()
         errors = [parse(c.received.data).error or c.error for c in captures]
         told = [e for e in errors if e]
         self._tell(WarmedUp((now() - begin) / SECOND, len(told), told[0] if told else None))
+
+    def _driver(self, plan: Plan, slots: Slots | None, on_end: Callable[[Capture], None]) -> Driver:
+        return Driver(plan, slots, self._alarms, self._readiness, self._connections, on_end)
 
     def _connections_at_start(self, share: Share) -> int:
         soon = bisect_right(share.starts, SECOND, key=lambda start: start.due)
@@ -127,16 +137,6 @@ def _ns(seconds: float) -> int:
     return round(seconds * SECOND)
 
 
-class _Outbox:
-    """Messages to the parser, written when the pipe takes them, so that the loop never blocks."""
-
-    def __init__(self, transport: asyncio.WriteTransport) -> None:
-        self._transport = transport
-
-    def tell(self, message: object) -> None:
-        self._transport.write(messages.encode(message))
-
-
 class _FromHarness(asyncio.Protocol):
     """Resolves `go` with the start that the harness tells, and `stop` when it closes the pipe."""
 
@@ -174,7 +174,7 @@ async def _serve_harness(task: WorkerJob, out: IO[bytes]) -> None:
     loop.set_exception_handler(lambda _, context: _break(broken, context))
     await loop.connect_read_pipe(lambda: _FromHarness(go, stop), sys.stdin)
     transport, _ = await loop.connect_write_pipe(lambda: _Flushed(flushed), out)
-    working = asyncio.ensure_future(Worker(task, _Outbox(transport).tell, go, stop).work())
+    working = asyncio.ensure_future(Worker(task, transport, go, stop).work())
     await asyncio.wait([working, broken], return_when=asyncio.FIRST_COMPLETED)
     if broken.done():
         broken.result()
