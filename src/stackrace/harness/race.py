@@ -23,7 +23,7 @@ from stackrace.harness.point import Point
 from stackrace.harness.provenance import provenance
 from stackrace.harness.secrets import public, without_secrets
 from stackrace.harness.store import RunWriter
-from stackrace.harness.summary import summarize
+from stackrace.harness.summary import steadiness, summarize
 from stackrace.harness.types import Endpoint, Record, Request
 from stackrace.harness.validity import judge
 
@@ -136,6 +136,7 @@ class _Run:
             fields["error"] = error
         if len(frame):
             fields["summary"] = summary = summarize(frame, config["slo"])
+            fields["steady"] = steadiness(frame)
             fields["validity"] = judge(frame, summary, config, self._writer.meta).as_dict()
         return self._writer.end(status, **fields)
 

@@ -10,13 +10,14 @@ from rich.text import Text
 
 from stackrace.harness.report.numbers import digits, exact
 from stackrace.harness.report.points import Point, by_setting, from_runs
+from stackrace.harness.settling import NEVER
 from stackrace.harness.store import StoredRun
 from stackrace.harness.summary import metrics
 
 STATISTICS = {
-    "ttft": ("p50", "p90", "p99"),
-    "tpot": ("p50", "p90", "p99"),
-    "e2e": ("p50", "p90", "p99"),
+    "ttft": ("p50", "p90", "p99", "steady_p50", "steady_p99"),
+    "tpot": ("p50", "p90", "p99", "steady_p50", "steady_p99"),
+    "e2e": ("p50", "p90", "p99", "steady_p50", "steady_p99"),
     "interactivity": ("p50", "p10"),
     "output_throughput": ("whole", "steady"),
     "request_throughput": ("whole",),
@@ -97,7 +98,7 @@ def _cells(point: Point, repeated: bool) -> list[Text]:
 
 
 def _reasons(points: Sequence[Point]) -> Text | None:
-    """Why points are not valid or did not end well, each reason once."""
+    """Why points are not valid or did not end well, each reason once; and which never settled."""
     where: dict[tuple[str, str], list[str]] = defaultdict(list)
     for point in points:
         if point.reasons:
@@ -106,6 +107,8 @@ def _reasons(points: Sequence[Point]) -> Text | None:
         Text.assemble((word, _style(word)), f" {', '.join(dict.fromkeys(places))}: {reason}")
         for (word, reason), places in where.items()
     ]
+    if unsettled := [f"{p.stack} at {p.condition.load.label}" for p in points if p.settled == NEVER]:
+        lines.append(Text(f"no steady window (the load never settled): {', '.join(dict.fromkeys(unsettled))}"))
     return Text("\n").join(lines) if lines else None
 
 
