@@ -154,7 +154,7 @@ class _Run:
         self._log_from = self._log.stat().st_size if self._log.exists() else 0
         if point.backend.fingerprint() != point.fingerprint:
             raise EngineError("the engine's code changed after this sweep was planned: run the same command again")
-        engine = garage.engine(point.backend, folder, point.cores.engine, point.config["repeat"])
+        engine = garage.engine(point.backend, folder, point.cores.engine, point.launch)
         self._endpoint = engine.endpoint
         self._writer.update(
             backend={

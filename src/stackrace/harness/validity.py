@@ -12,6 +12,10 @@ from stackrace.harness.observed import Mask, Observed
 from stackrace.harness.summary import Summary
 
 VERDICTS = ("valid", "suspect", "invalid")
+CLIENT = {"lag_p99", "loop_lag_p99", "cpu_share"}
+"""Thresholds on the client: passed by far, a point says nothing about the server."""
+OTHER_WORK = {"wrong_lengths", "cached_share"}
+"""Thresholds on what was done: passed by far, it was not what was asked."""
 
 
 class Finding(NamedTuple):
