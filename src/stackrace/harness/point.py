@@ -41,6 +41,7 @@ class Point:
     input_tokens: float  # mean of a request
     output_tokens: float
     key: str
+    launch: int  # points of one engine and one of these share a launch
 
     @property
     def sweep_folder(self) -> Path:
@@ -114,6 +115,7 @@ def plan(cfg: DictConfig) -> Point:
         input_tokens=sum(len(r.prompt) for r in race.requests) / n,
         output_tokens=sum(r.output_tokens for r in race.requests) / n,
         key=_key(config, fingerprint, weights, race.hash, cores),
+        launch=config["repeat"],
     )
 
 

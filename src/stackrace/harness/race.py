@@ -23,7 +23,7 @@ from stackrace.harness.point import Point
 from stackrace.harness.provenance import provenance
 from stackrace.harness.secrets import public, without_secrets
 from stackrace.harness.store import RunWriter
-from stackrace.harness.summary import summarize
+from stackrace.harness.summary import steadiness, summarize
 from stackrace.harness.types import Endpoint, Record, Request
 from stackrace.harness.validity import judge
 
@@ -138,6 +138,7 @@ class _Run:
             fields["error"] = error
         if len(frame):
             fields["summary"] = summary = summarize(frame, config["slo"])
+            fields["steady"] = steadiness(frame)
             fields["validity"] = judge(frame, summary, config, self._writer.meta).as_dict()
         return self._writer.end(status, **fields)
 
@@ -155,7 +156,7 @@ class _Run:
         self._log_from = self._log.stat().st_size if self._log.exists() else 0
         if point.backend.fingerprint() != point.fingerprint:
             raise EngineError("the engine's code changed after this sweep was planned: run the same command again")
-        engine = garage.engine(point.backend, folder, point.cores.engine, point.config["repeat"])
+        engine = garage.engine(point.backend, folder, point.cores.engine, point.launch)
         self._endpoint = engine.endpoint
         self._writer.update(
             backend={
