@@ -1,6 +1,6 @@
 """The bytes of responses. What does not depend on the request is rendered once: sending is all that is left to do."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import chain, islice, repeat
 from typing import Any
 
@@ -11,7 +11,9 @@ from stackrace.backends.mock.question import Question
 
 MALFORMED = b'data: {"choices": [{"index": 0, "text": " t\n\n'
 _WORDS = (" t", " é", "世", "😀")  # one to four bytes a character, so that a cut can go through one
-_CACHED = 1 << 14  # events kept, some 300 bytes each
+_TEMPLATES = 1 << 14  # kept, of _SIZE bytes or so each
+_ROOM = 1 << 26  # bytes of rendered events that are kept
+_SIZE = 300
 _WIDE = "%-8d"  # padded, so that a line has one length whatever the request
 _REASONS = {200: "OK", 400: "Bad Request", 404: "Not Found", 429: "Too Many Requests", 503: "Service Unavailable"}
 
@@ -42,7 +44,9 @@ class Events:
         self._per_write = b.events_per_write
         self._width = b.tokens_per_event
         self._is_chunked = b.transfer == "chunked"
-        self._lines: list[bytes] = []
+        self._templates: list[bytes] = []
+        self._rendered: dict[int, list[bytes]] = {}  # by prompt tokens
+        self._room = _ROOM
         kind = "chat.completion.chunk" if is_chat else "text_completion"
         self._base = {"id": "mock", "object": kind, "created": 0, "model": "mock"}
 
@@ -61,17 +65,10 @@ class Events:
         choice = {"index": 0, "delta": delta, "finish_reason": None}
         return self.framed(b"data: " + orjson.dumps({**self._base, "choices": [choice]}) + b"\n\n")
 
-    def events(self, q: Question) -> Iterator[bytes]:
+    def events(self, q: Question) -> Iterable[bytes]:
         """The bytes of each event with tokens; the last brings the usage, [DONE] and the end of the body."""
-        prompt, width, whole = q.prompt_tokens, self._width, self._count(q.tokens) - 1
-        self._fill(min(whole, _CACHED))
-        sent = 0
-        for line in islice(self._lines, whole):
-            sent += width
-            yield line % (prompt, prompt + sent)
-        for first in range(sent, whole * width, width):
-            yield self._line(first, first + width, None) % (prompt, prompt + first + width)
-        yield self._last(q, whole * width)
+        whole = self._count(q.tokens) - 1
+        return chain(self._whole(q.prompt_tokens, whole), [self._last(q, whole * self._width)])
 
     def whole(self, q: Question) -> bytes:
         """The answer to a question that wants it in one piece: JSON."""
@@ -88,9 +85,30 @@ class Events:
     def _count(self, tokens: int) -> int:
         return -(-tokens // self._width)
 
-    def _fill(self, whole: int) -> None:
-        for k in range(len(self._lines), whole):
-            self._lines.append(self._line(k * self._width, (k + 1) * self._width, None))
+    def _whole(self, prompt: int, count: int) -> Iterable[bytes]:
+        """The first `count` events of an answer to a prompt of so many tokens; kept while there is room."""
+        known = self._rendered.setdefault(prompt, []) if self._room > 0 else self._rendered.get(prompt, [])
+        if len(known) >= count:
+            return islice(known, count)
+        rest = self._render(prompt, len(known), count)
+        if count * _SIZE > self._room:
+            return chain(islice(known, len(known)), rest)
+        new = list(rest)
+        self._room -= sum(map(len, new))
+        known += new
+        return islice(known, count)
+
+    def _render(self, prompt: int, first: int, end: int) -> Iterator[bytes]:
+        for k in range(first, end):
+            yield self._template(k) % (prompt, prompt + (k + 1) * self._width)
+
+    def _template(self, k: int) -> bytes:
+        if k < len(self._templates):
+            return self._templates[k]
+        line = self._line(k * self._width, (k + 1) * self._width, None)
+        if k == len(self._templates) < _TEMPLATES:
+            self._templates.append(line)
+        return line
 
     def _line(self, first: int, end: int, reason: str | None) -> bytes:
         """An event but for its prompt tokens and total tokens."""

@@ -52,7 +52,7 @@ class Pump:
 
     def run(self, most: int, until: int) -> int | None:
         """Send what is due, at most `most` times and none from `until` on; returns when (ns) the next is due."""
-        heap, clock = self._heap, now
+        heap, clock, replace = self._heap, now, heapq.heapreplace
         for _ in range(most):
             if not heap:
                 return None
@@ -63,17 +63,17 @@ class Pump:
             try:
                 taken = sender.wire.send(data)
                 sender.log(at)
-                if taken != len(data):
-                    sender.wire.hold(data[taken:])
             except BlockingIOError:
+                taken = 0
                 sender.log(at)
-                sender.wire.hold(data)
             except OSError:
+                taken = len(data)
                 sender.wire.close()
-            entry = next(sender.steps, None)
-            if entry is None:
+            if taken != len(data):
+                sender.wire.hold(data[taken:])
+            try:
+                replace(heap, next(sender.steps))
+            except StopIteration:
                 heapq.heappop(heap)
                 sender.ended(due)
-            else:
-                heapq.heapreplace(heap, entry)
         return heap[0][0] if heap else None

@@ -1,11 +1,12 @@
 """One streamed answer on its connection: its head, then its script."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from itertools import repeat
 
 from stackrace.backends.mock.connection import Connection
 from stackrace.backends.mock.places import Places
 from stackrace.backends.mock.pump import NOTHING, Entry, Pump, Sender
-from stackrace.backends.mock.script import Script
+from stackrace.backends.mock.script import Script, Tracks
 from stackrace.backends.mock.truth import Marks, Record
 from stackrace.harness.clock import now
 
@@ -30,10 +31,10 @@ class Stream(Sender):
         "_connection",
         "_has_place",
         "_head_end",
-        "_note",
         "_order",
         "_places",
         "_pump",
+        "_record",
         "_script",
         "arrived",
         "is_over",
@@ -47,9 +48,8 @@ class Stream(Sender):
 
     def ask(self, order: int, arrived: int, head_end: int, record: Record | None) -> None:
         """Begin as soon as there is a place, and send nothing before `head_end` (ns)."""
-        self._order, self.arrived, self._head_end = order, arrived, head_end
+        self._order, self.arrived, self._head_end, self._record = order, arrived, head_end, record
         self.log = record.sent.append if record else NOTHING
-        self._note: Callable[[Marks], object] = record.marks.append if record else NOTHING
         self._connection.on_close = self._drop
         self._places.ask(self)
 
@@ -69,10 +69,20 @@ class Stream(Sender):
                 self._connection.finish()
 
     def _entries(self, start: int) -> Iterator[Entry]:
-        note, order = self._note, self._order
-        for due, data, marks in self._script.steps(start, self._head_end):
-            note(marks)
-            yield due, order, data, self
+        tracks = self._script.tracks(start, self._head_end)
+        if not self._script.is_faultless:
+            return self._faulty(tracks)
+        if self._record:
+            self._record.marks = tracks.marks
+        return zip(tracks.dues, repeat(self._order), tracks.writes, repeat(self), strict=False)
+
+    def _faulty(self, tracks: Tracks) -> Iterator[Entry]:
+        told: list[Marks] = []
+        if self._record:
+            self._record.marks = told
+        for due, data, marks in self._script.steps(tracks):
+            told.append(marks)
+            yield due, self._order, data, self
 
     def _drop(self) -> None:
         """The client went away."""

@@ -1,7 +1,7 @@
 """What was really sent, and when."""
 
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import orjson
@@ -20,11 +20,11 @@ class Record:
         self.arrived = arrived
         self.status = status
         self.sent = array("q")
-        self.marks: list[Marks] = []
+        self.marks: Iterable[Marks] = ()  # read once
 
     def events(self) -> Iterator[tuple[int, int]]:
         """Time and tokens of each event."""
-        for at, marks in zip(self.sent, self.marks, strict=False):  # the next step is marked before it is sent
+        for at, marks in zip(self.sent, self.marks, strict=False):  # not all may have been sent
             for tokens in marks:
                 yield at, tokens
 
