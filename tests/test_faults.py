@@ -90,7 +90,7 @@ def test_a_full_disk_is_said_and_leaves_nothing_running(tmp_path, processes_of):
     limited = (
         "import resource, signal, sys\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, 12_000))\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (24_000, 24_000))\n"
         "sys.argv = ['stackrace', *sys.argv[1:]]\n"
         "from stackrace.harness.cli import main\nmain()\n"
     )
