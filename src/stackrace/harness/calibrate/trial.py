@@ -1,0 +1,131 @@
+"""One trial: the load generator against the mock, which knows when it sent what."""
+
+import http.client
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+from urllib.parse import urlsplit
+
+import orjson
+from hydra import compose, initialize_config_module
+
+from stackrace.backends.garage import Garage
+from stackrace.harness import host
+from stackrace.harness.calibrate.outcome import Outcome, compare
+from stackrace.harness.clock import SECOND
+from stackrace.harness.errors import LoadGeneratorDied
+from stackrace.harness.load.generator import LoadGenerator
+from stackrace.harness.load.health import Health
+from stackrace.harness.load.messages import Finished, Job, Started
+from stackrace.harness.point import build_backend
+from stackrace.harness.schedule import Schedule
+from stackrace.harness.types import Endpoint, Record, Request, Sampling
+
+_LISTEN = 0.5  # seconds
+_PATIENCE = 60.0
+_LONGEST = 600.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What a trial asks: how the mock is set, what is sent to it, and by how many workers."""
+
+    mock: Mapping[str, Any]
+    schedule: Schedule
+    workers: int = 1
+    concurrency: int | None = None
+
+
+@dataclass
+class _Heard:
+    start: int = 0
+    records: list[Record] = field(default_factory=list)
+    health: list[Health] = field(default_factory=list)
+    stamped: bool = True
+
+
+class Lab:
+    """A place for trials: the mock on one core, the load generator on cores of its own."""
+
+    def __init__(self, cores: host.Cores) -> None:
+        self._cores = cores
+        self._garage = Garage()
+        self._folder = TemporaryDirectory(prefix="stackrace-calibrate-")
+
+    def __enter__(self) -> "Lab":
+        host.pin(self._cores.engine)  # this process listens, and must not disturb who is measured
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        host.pin(host.usable_cores())
+        self._garage.close()
+        self._folder.cleanup()
+
+    def trial(self, asked: Asked) -> Outcome:
+        """Run it. Raises LoadGeneratorDied or EngineError."""
+        endpoint = self._mock(asked.mock)
+        _truth(endpoint)  # forget what was before
+        heard = self._load(asked, endpoint)
+        return compare(heard.records, _truth(endpoint), heard.start, heard.health, heard.stamped)
+
+    def _mock(self, settings: Mapping[str, Any]) -> Endpoint:
+        overrides = [f"backend.{name}={'null' if value is None else value}" for name, value in settings.items()]
+        with initialize_config_module("stackrace.conf", version_base="1.3"):
+            cfg = compose("bench", ["backend=mock", "backend.record_truth=true", *overrides])
+        backend, _ = build_backend(cfg)
+        return self._garage.engine(backend, Path(self._folder.name, "mock"), self._cores.engine[:1], 0).endpoint
+
+    def _load(self, asked: Asked, endpoint: Endpoint) -> _Heard:
+        path = Path(self._folder.name, "schedule.parquet")
+        asked.schedule.save(path)
+        heard = _Heard()
+        with LoadGenerator(_job(asked, endpoint, path, self._cores)) as generator:
+            for message in generator.messages(_LISTEN):
+                if isinstance(message, Started):
+                    heard.start = message.start
+                elif isinstance(message, Finished):
+                    heard.records.append(message.record)
+                    heard.stamped &= message.stamped
+                elif isinstance(message, Health):
+                    heard.health.append(message)
+        if len(heard.health) < asked.workers:
+            raise LoadGeneratorDied("the load generator ended before the trial was over")
+        return heard
+
+
+def ask(number: int, tokens: int, due: list[float], prompt_tokens: int = 4) -> Schedule:
+    """`number` requests, due at these seconds, each with its position as its seed."""
+    prompt = (5,) * prompt_tokens
+    requests = tuple(Request(i, prompt, tokens, Sampling(0.0, 1.0, 0, i)) for i in range(number))
+    return Schedule(requests, tuple(round(d * SECOND) for d in due))
+
+
+def _job(asked: Asked, endpoint: Endpoint, path: Path, cores: host.Cores) -> Job:
+    return Job(
+        endpoint=endpoint,
+        schedule=path,
+        warmup=Schedule((), ()),
+        warmup_concurrency=1,
+        concurrency=asked.concurrency,
+        seconds=None,
+        drain=_PATIENCE,
+        connect_timeout=_PATIENCE,
+        request_timeout=_LONGEST,
+        stall_timeout=_PATIENCE,
+        workers=asked.workers,
+        cores=cores.load_generator,
+        parser_cores=cores.engine,
+    )
+
+
+def _truth(endpoint: Endpoint) -> list[Any]:
+    """What the mock sent since it was last asked."""
+    connection = http.client.HTTPConnection(urlsplit(endpoint.url).netloc, timeout=_PATIENCE)
+    try:
+        connection.request("GET", "/truth")
+        told: list[Any] = orjson.loads(connection.getresponse().read())["requests"]
+    finally:
+        connection.close()
+    return told
