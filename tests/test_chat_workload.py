@@ -176,3 +176,9 @@ def test_the_engine_reads_the_very_ids(checkpoint, port):
     answer = complete(port, body, "/v1/chat/completions")
     assert answer["prompt_token_ids"] == list(asked.prompt)
     assert answer["usage"]["prompt_tokens"] == 25
+
+
+def test_the_mock_answers_chats_and_leaves_their_tokens_uncounted(checkpoint, mock_engine, load):
+    found = drawn(chat(checkpoint, vocab_size=512), requests=4)
+    records, _ = load(mock_engine("backend.ttft=0", "backend.gap=0.001"), found)
+    assert {(r.error, r.prompt_tokens, r.output_tokens, sum(r.chunk_tokens)) for r in records} == {(None, None, 7, 7)}

@@ -64,7 +64,7 @@ class _Answer:
 
     def __init__(self, body: dict[str, Any], b: Behaviour, rng: random.Random, arrived: int) -> None:
         self.tokens = int(body["max_tokens"])
-        self.prompt_tokens = len(body["prompt"])
+        self.prompt_tokens = len(body["prompt"]) if "prompt" in body else None  # a chat's it cannot count
         self.sent_tokens = 0
         self._per_event = b.tokens_per_event
         self.due = self._times(b, rng, arrived)
@@ -87,9 +87,10 @@ class _Answer:
         ids = list(range(self.sent_tokens, self.sent_tokens + tokens))
         self.sent_tokens += tokens
         is_last = self.sent_tokens == self.tokens
+        text = " t" * tokens
         choice = {
             "index": 0,
-            "text": " t" * tokens,
+            **({"delta": {"content": text}} if self.prompt_tokens is None else {"text": text}),
             "token_ids": ids,
             "finish_reason": "length" if is_last else None,
         }
@@ -98,11 +99,9 @@ class _Answer:
         )
 
     def _chunk(self, choices: list[dict[str, Any]]) -> bytes:
-        usage = {
-            "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": self.sent_tokens,
-            "total_tokens": self.prompt_tokens + self.sent_tokens,
-        }
+        usage = {"completion_tokens": self.sent_tokens}
+        if self.prompt_tokens is not None:
+            usage |= {"prompt_tokens": self.prompt_tokens, "total_tokens": self.prompt_tokens + self.sent_tokens}
         event = {"object": "text_completion", "model": "mock", "choices": choices, "usage": usage}
         return _chunked(b"data: " + json.dumps(event).encode() + b"\n\n")
 
@@ -133,7 +132,7 @@ class _Connection(asyncio.Protocol):
     def on_message_complete(self) -> None:
         arrived = now()
         body, self._body = bytes(self._body), bytearray()
-        if self._url == b"/v1/completions":
+        if self._url in (b"/v1/completions", b"/v1/chat/completions"):
             self._complete(json.loads(body), arrived)
         elif self._url == b"/v1/models":
             self._reply(200, {"object": "list", "data": [{"id": "mock", "object": "model"}]})
