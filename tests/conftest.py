@@ -79,10 +79,11 @@ def processes_of(tmp_path):
 
 @pytest.fixture
 def load(tmp_path):
-    """`load(endpoint, schedule, concurrency=...)` races a schedule; returns its records and the worker's health."""
+    """`load(endpoint, schedule, concurrency=...)` races a schedule; returns records (ids: positions) and healths."""
     from stackrace.harness import host
-    from stackrace.harness.load.generator import LoadGenerator, record
-    from stackrace.harness.load.messages import Capture, Health, Job, Started
+    from stackrace.harness.load.generator import LoadGenerator
+    from stackrace.harness.load.health import Health
+    from stackrace.harness.load.messages import Finished, Job
     from stackrace.harness.schedule import Schedule
 
     def run(endpoint, schedule, **changes):
@@ -96,19 +97,18 @@ def load(tmp_path):
             "connect_timeout": 5.0,
             "request_timeout": 60.0,
             "stall_timeout": 30.0,
+            "workers": 1,
             "cores": host.usable_cores()[-1:],
+            "parser_cores": host.usable_cores(),
         }
         job = Job(endpoint=endpoint, schedule=tmp_path / "schedule.parquet", **{**settings, **changes})
-        records, health, start = {}, None, None
+        records, health = {}, []
         with LoadGenerator(job) as generator:
             for message in generator.messages(0.5):
-                if isinstance(message, Started):
-                    start = message.start
-                elif isinstance(message, Health):
-                    health = message
-                elif isinstance(message, Capture):
-                    request = schedule.requests[message.position]
-                    records[request.id] = record(message, request.id, start)
+                if isinstance(message, Health):
+                    health.append(message)
+                elif isinstance(message, Finished):
+                    records[message.record.id] = message.record
         return [records[i] for i in sorted(records)], health
 
     return run

@@ -7,8 +7,11 @@ import threading
 
 from stackrace.harness.clock import Alarms, now
 from stackrace.harness.load.connections import Connections
-from stackrace.harness.load.driver import Driver, Plan
+from stackrace.harness.load.driver import Driver
+from stackrace.harness.load.plan import Plan, Start
+from stackrace.harness.load.readiness import Readiness
 from stackrace.harness.load.request import request_bytes
+from stackrace.harness.load.slots import Slots, SlotTable
 from stackrace.harness.types import Endpoint, Request, Sampling
 
 _EVENTS = b'data: {"choices": [{"token_ids": [1], "text": "a"}]}\n\ndata: [DONE]\n\n'
@@ -71,18 +74,22 @@ def drive(endpoint, n, concurrency, on_end):
     async def run():
         alarms, start = Alarms(asyncio.get_running_loop()), now()
         request = Request(0, (5, 6), 1, Sampling(0.0, 1.0, 0, 0))
+        table = SlotTable.make(concurrency, n, 1)
         plan = Plan(
-            payloads=[request_bytes(endpoint, request)] * n,
-            due=[start] * n,
+            payloads=dict.fromkeys(range(n), request_bytes(endpoint, request)),
+            starts=[Start(i, i, start) for i in range(n)],
+            following={},
             is_closed=True,
-            concurrency=concurrency,
             cutoff=None,
             drain=0,
             request_timeout=10**10,
             stall_timeout=10**10,
         )
         connections = Connections(endpoint.url, 5.0)
-        await Driver(plan, alarms, connections, keep).run()
+        readiness = Readiness(asyncio.get_running_loop())
+        await Driver(plan, Slots(table, 0), alarms, readiness, connections, keep).run()
+        readiness.close()
+        table.close()
         alarms.close()
         connections.close()
 

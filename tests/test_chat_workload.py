@@ -178,7 +178,9 @@ def test_the_engine_reads_the_very_ids(checkpoint, port):
     assert answer["usage"]["prompt_tokens"] == 25
 
 
-def test_the_mock_answers_chats_and_leaves_their_tokens_uncounted(checkpoint, mock_engine, load):
+def test_the_mock_counts_the_words_of_a_chat_and_the_template_it_is_told(checkpoint, mock_engine, load):
     found = drawn(chat(checkpoint, vocab_size=512), requests=4)
-    records, _ = load(mock_engine("backend.ttft=0", "backend.gap=0.001"), found)
-    assert {(r.error, r.prompt_tokens, r.output_tokens, sum(r.chunk_tokens)) for r in records} == {(None, None, 7, 7)}
+    records, _ = load(mock_engine("backend.ttft=0", "backend.gap=0.001", "backend.template_tokens=4"), found)
+    assert [(r.error, r.prompt_tokens, r.output_tokens) for r in records] == [
+        (None, len(r.prompt), 7) for r in found.requests
+    ]

@@ -12,7 +12,7 @@ from scripted import STREAM, drive, receive_request, reset, scripted
 
 from stackrace.harness.clock import Alarms, now
 from stackrace.harness.load.client import Exchange
-from stackrace.harness.load.worker import Heart
+from stackrace.harness.load.health import Heart
 from stackrace.harness.schedule import Schedule
 from stackrace.harness.types import Endpoint, Request, Sampling
 
@@ -149,6 +149,7 @@ def test_a_blocked_loop_is_late_by_every_beat_that_it_swallowed():
             time.sleep(0.2)
         await asyncio.sleep(0.05)
         health = heart.health(0)
+        heart.stop()
         alarms.close()
         return health
 

@@ -36,6 +36,17 @@ EXPECTED = {
     ("ttft", "mean"): 0.165,
     ("ttft", "p50"): 0.110,  # nearest rank 2 of 100, 110, 150, 300
     ("ttft", "max"): 0.300,
+    # ok and due in 170..600: 2 and 5
+    ("ttft", "steady_n"): 2,
+    ("ttft", "steady_p50"): 0.100,  # nearest rank 1 of 100, 300
+    ("ttft", "steady_mean"): 0.200,
+    ("e2e", "steady_p50"): 0.100,  # of 100 (5) and 330 (2)
+    ("tpot", "steady_n"): 1,  # 5 has none
+    # whole: first due to the last token; steady: with so few requests from the first end, 0's, to the last due
+    ("window_begin", "whole"): 0.0,
+    ("window_end", "whole"): 0.7,
+    ("window_begin", "steady"): 0.170,
+    ("window_end", "steady"): 0.600,
     # first token - sent: 0: 110-10, 1: 250-101, 2: 500-402, 5: 700-600
     ("ttft_service", "p50"): 0.098 + 0.002,  # 98, 100, 100, 149
     ("ttft_service", "max"): 0.149,
@@ -71,7 +82,7 @@ EXPECTED = {
     ("queued", "mean"): 0.200 / 6,
     # whole run 0 to 700 ms: 4 + 5 + 3 + 2 (failed) + 1 (censored) + 2 tokens
     ("output_throughput", "whole"): 17 / 0.7,
-    # steady: first end (0's last token, 170) to last sent (600): 0: 1 (at 170), 1: 5, 2: 3, 3: 2, 4: 1
+    # steady: first end (0's last token, 170) to last due (600): 0: 1 (at 170), 1: 5, 2: 3, 3: 2, 4: 1
     ("output_throughput", "steady"): 12 / 0.43,
     # prompts by first token: all six begin within the whole run
     ("input_throughput", "whole"): (100 + 200 + 300 + 50 + 60 + 70) / 0.7,

@@ -137,7 +137,8 @@ def test_the_embedded_numbers_equal_arithmetic(write, page):
 def test_the_tables_hold_the_same_numbers(write, page, tmp_path):
     folder = write("mla", ttft=20, tpot=4)
     shown = text(page())
-    assert "mla valid 10 128 / 10 0 20.0 20.0 4.00 4.00" in shown
+    assert "mla valid 10 128 / 10 0 20.0 20.0 20.0 4.00 4.00 4.00" in shown
+    assert "steady p50" in shown
     console = Console(width=200, record=True, file=io.StringIO())
     console.print(text_table([read_run(folder)]))
     assert re.search(r"mla +10 +128/10 +20\.0 +20\.0 +4\.00 +102 +0 +valid", console.export_text())

@@ -20,9 +20,10 @@ _PLAIN_WIDTH = 160  # columns of the closing table where there is no terminal
 
 
 def bench(args: list[str]) -> int:
-    """Run what Hydra makes of `args`; returns the exit code: 0, 1 if a point failed, 130 if interrupted.
+    """Run what Hydra makes of `args`; returns the exit code.
 
-    Raises UsageError for whatever could not run.
+    0; 1 if a point failed or a search ended at the client's limit; 130 if interrupted. Raises UsageError for whatever
+    could not run.
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here as exceptions, not as Hydra's printout
     sys.argv = ["stackrace bench", *args]
@@ -56,13 +57,16 @@ def _close(sweep: Sweep) -> int:
     """Print the closing table and where to look next."""
     if not sweep.points:  # --cfg, --help and the like
         return 0
-    from stackrace.harness.report.tables import text_table
+    from stackrace.harness.report.tables import found_table, text_table
 
     console = Console() if sys.stdout.isatty() else Console(width=_PLAIN_WIDTH)
     runs = [read_run(p.folder) for p in sweep.points if (p.folder / "run.json").exists()]
     console.print(text_table(runs))
+    if sweep.found:
+        console.print()
+        console.print(found_table([f.result for f in sweep.found]))
     folder = sweep.points[0].sweep_folder
     if sweep.failed:
         console.print(f"{len(sweep.failed)} of {len(sweep.points)} points failed; each folder's run.json says why")
     console.print(f"records: {folder}   dashboard: stackrace report {folder}", highlight=False)
-    return 1 if sweep.failed else 0
+    return 1 if sweep.failed or any(f.is_blocked for f in sweep.found) else 0

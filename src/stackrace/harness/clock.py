@@ -31,7 +31,7 @@ class Alarms:
         self._loop = loop
         self._heap: list[tuple[int, int, Callable[[], None]]] = []
         self._order = itertools.count()
-        self._fd = _timerfd_create()
+        self._fd = timerfd_create()
         self._fallback: asyncio.TimerHandle | None = None
         if self._fd is not None:
             loop.add_reader(self._fd, self._on_readable)
@@ -79,7 +79,7 @@ class Alarms:
             return
         when = self._heap[0][0]
         if self._fd is not None:
-            _timerfd_settime(self._fd, when)
+            timerfd_settime(self._fd, when)
             return
         if self._fallback:
             self._fallback.cancel()
@@ -91,14 +91,16 @@ def _libc() -> ctypes.CDLL:
     return ctypes.CDLL(None, use_errno=True)
 
 
-def _timerfd_create() -> int | None:
+def timerfd_create() -> int | None:
+    """A file descriptor that becomes readable at the time it is set to; None where the system has none."""
     if sys.platform != "linux":
         return None
     fd = _libc().timerfd_create(time.CLOCK_MONOTONIC, _TFD_NONBLOCK | _TFD_CLOEXEC)
     return None if fd < 0 else int(fd)
 
 
-def _timerfd_settime(fd: int, when: int) -> None:
+def timerfd_settime(fd: int, when: int) -> None:
+    """Set it to `when` (ns of the clock); until then it is not readable."""
     # struct itimerspec: interval (none), then the absolute time; zero would disarm it
     seconds, nanoseconds = divmod(max(when, 1), SECOND)
     spec = struct.pack("@llll", 0, 0, seconds, nanoseconds)

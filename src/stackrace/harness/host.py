@@ -1,5 +1,6 @@
 """This machine: its cores and how processes are placed on them, what it is, and dying with one's parent."""
 
+import contextlib
 import ctypes
 import functools
 import os
@@ -62,6 +63,13 @@ def pin(cores: tuple[int, ...]) -> None:
 def die_with_parent() -> None:
     """Have the kernel kill this process when its parent dies, however it dies (Linux)."""
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def lower_priority() -> None:
+    """Leave every core to whoever else wants it."""
+    os.nice(19)
+    with contextlib.suppress(OSError):  # Linux weighs sessions against each other before it looks at their processes
+        Path("/proc/self/autogroup").write_text("19")
 
 
 def adopt_orphans() -> None:

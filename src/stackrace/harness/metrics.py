@@ -6,7 +6,8 @@ printed; or it takes a window besides and returns one number. SI units; undefine
 
 import numpy as np
 
-from stackrace.harness.observed import Floats, Mask, Observed, Window
+from stackrace.harness.observed import Mask, Observed, Window
+from stackrace.harness.settling import Floats
 
 
 def ttft(run: Observed) -> Floats:
@@ -84,14 +85,30 @@ def request_throughput(run: Observed, window: Window) -> float:
 
 def goodput(run: Observed, window: Window) -> float | None:
     """Requests due in the window that met every SLO, per second; undefined without an SLO."""
-    good, _ = _verdicts(run, window)
-    return float(good.sum() / window.seconds) if _limits(run) else None
+    good, _ = judged(run, window)
+    return good / window.seconds if _limits(run) else None
 
 
 def attainment(run: Observed, window: Window) -> float | None:
     """Share of the requests due in the window that met every SLO; undefined without an SLO."""
-    good, judged = _verdicts(run, window)
-    return float(good.sum() / judged.sum()) if _limits(run) and judged.any() else None
+    good, of = judged(run, window)
+    return good / of if _limits(run) and of else None
+
+
+def judged(run: Observed, window: Window) -> tuple[int, int]:
+    """How many of the requests due in the window met every SLO, and how many are judged at all."""
+    good, all_ = _verdicts(run, window)
+    return int(good.sum()), int(all_.sum())
+
+
+def window_begin(run: Observed, window: Window) -> float:
+    """When the window begins, in seconds after the start of the run."""
+    return window.begin
+
+
+def window_end(run: Observed, window: Window) -> float:
+    """When the window ends, in seconds after the start of the run."""
+    return window.end
 
 
 def offered_rate(run: Observed) -> float | None:

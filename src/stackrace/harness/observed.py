@@ -10,8 +10,8 @@ import numpy.typing as npt
 import pandas as pd
 
 from stackrace.harness.clock import SECOND
+from stackrace.harness.settling import NONE, Floats, Settled, settled
 
-Floats = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
 
 
@@ -105,12 +105,18 @@ class Observed:
         return _window(self.column("due").min(), np.nanmax(ends))
 
     @cached_property
+    def settled(self) -> Settled:
+        """When the warm-up was over, and by which rule."""
+        due = self.column("due")
+        if not self.ok.any():
+            return Settled(None, NONE)
+        return settled(due, self.column("end"), float(self.last[self.ok].min()), float(due.max()))
+
+    @cached_property
     def steady(self) -> Window | None:
-        """From the first request that finished to the last that was sent: neither ramp-up nor drain."""
-        sent = self.column("sent")
-        if not self.ok.any() or not np.isfinite(sent).any():
-            return None
-        return _window(self.last[self.ok].min(), np.nanmax(sent))
+        """From the end of the warm-up to the last due: the load is on, and kept up; neither ramp-up nor drain."""
+        begin = self.settled.begin
+        return None if begin is None else _window(begin, float(self.column("due").max()))
 
     def tokens_in(self, window: Window) -> float:
         """Output tokens that arrived in the window, of every request, finished or not."""
@@ -122,10 +128,6 @@ class Observed:
     def mean_in_flight(self, window: Window) -> float:
         """Requests in flight (sent, and not ended), averaged over the time of the window."""
         return _mean_between(self.column("sent"), self.column("end"), window)
-
-    def mean_outstanding(self, window: Window) -> float:
-        """Requests due and not ended, waiting for a slot or in flight, averaged over the time of the window."""
-        return _mean_between(self.column("due"), self.column("end"), window)
 
 
 def _mean_between(begins: Floats, ends: Floats, window: Window) -> float:

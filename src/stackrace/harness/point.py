@@ -43,6 +43,7 @@ class Point:
     output_tokens: float
     repeated_tokens: int  # of all prompts together: what a perfect prefix cache would serve
     key: str
+    launch: int  # points of one engine and one of these share a launch
 
     @property
     def sweep_folder(self) -> Path:
@@ -53,6 +54,11 @@ class Point:
     def folder(self) -> Path:
         """results/<sweep>/<key>/."""
         return self.sweep_folder / self.key
+
+    @property
+    def workers(self) -> int:
+        """Processes of the load generator."""
+        return int(self.config["hardware"]["workers"] or len(self.cores.load_generator))
 
     @property
     def seconds(self) -> float:
@@ -112,6 +118,7 @@ def plan(cfg: DictConfig) -> Point:
         output_tokens=sum(r.output_tokens for r in race.requests) / n,
         repeated_tokens=race.repeated_tokens,
         key=_key(config, fingerprint, weights, race.hash, cores),
+        launch=config["repeat"],
     )
 
 
@@ -182,6 +189,9 @@ def _cores(config: Mapping[str, Any]) -> host.Cores:
     require("hardware.load_generator_cores", load_generator, int, lambda v: v > 0, count)
     if engine is not None:
         require("hardware.engine_cores", engine, int, lambda v: v > 0, count + ", or null for all others")
+    workers = config["hardware"]["workers"]
+    if workers is not None:
+        require("hardware.workers", workers, int, lambda v: v > 0, "a whole number above 0, or null for one a core")
     return host.split_cores(load_generator, engine)
 
 

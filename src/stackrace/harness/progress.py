@@ -21,7 +21,7 @@ class Progress:
     def __init__(self, console: Console) -> None:
         self.console = console
         self._live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
-        self._total, self._number = 1, 0
+        self._total, self._number = "1", 0
         self._left: list[float] = []  # expected seconds of the points that are still to run
         self._overhead: list[float] = []  # seconds that finished points took beyond their schedule
         self._shown = 0.0
@@ -33,10 +33,23 @@ class Progress:
 
     def expect(self, points: list[Point], skipped: int) -> None:
         """The points that are about to run, in order; `skipped` more are finished already."""
-        self._total, self._number = len(points) + skipped, skipped
+        self._total, self._number = str(len(points) + skipped), skipped
         self._left = [p.seconds for p in points]
         if skipped:
             self.console.print(f"{skipped} of {self._total} points are finished already and are skipped")
+
+    def expect_at_most(self, points: int) -> None:
+        """So many points may run: a search knows only on the way which."""
+        self._total, self._number, self._left = f"up to {points}", 0, []
+
+    def reuse(self, point: Point) -> None:
+        """A point of a search was measured before."""
+        self._number += 1
+        self.say(f"[{self._number}/{self._total}] {title(point)}: measured before")
+
+    def say(self, line: str) -> None:
+        """A line to keep."""
+        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def begin(self, point: Point) -> None:
         """A point starts."""
@@ -91,6 +104,7 @@ def title(point: Point) -> str:
     labels = point.labels()
     load = [f"{labels['rate']:g} req/s"] if labels["rate"] is not None else []
     load += [f"concurrency {labels['concurrency']}"] if labels["concurrency"] is not None else []
+    load += [f"repeat {labels['repeat']}"] if labels["repeat"] else []
     lengths = f"{labels['input_tokens']:.0f} in, {labels['output_tokens']:.0f} out"
     model = [labels["model"]] if point.weights else []
     return " · ".join([labels["stack"], *model, *load, lengths])

@@ -16,14 +16,14 @@ from stackrace.harness import host
 from stackrace.harness import records as table
 from stackrace.harness.clock import SECOND, now
 from stackrace.harness.errors import EngineError, LoadGeneratorDied, PointFailed, StackraceError
-from stackrace.harness.load.driver import Capture
-from stackrace.harness.load.generator import LoadGenerator, record
-from stackrace.harness.load.messages import Health, Job, Message, Started, Tick, WarmedUp
+from stackrace.harness.load.generator import LoadGenerator
+from stackrace.harness.load.health import Health
+from stackrace.harness.load.messages import Finished, Job, Message, Started, Tick, WarmedUp
 from stackrace.harness.point import Point
 from stackrace.harness.provenance import provenance
 from stackrace.harness.secrets import public, without_secrets
 from stackrace.harness.store import RunWriter
-from stackrace.harness.summary import summarize
+from stackrace.harness.summary import steadiness, summarize
 from stackrace.harness.types import Endpoint, Record, Request
 from stackrace.harness.validity import judge
 
@@ -107,7 +107,9 @@ class _Run:
         self._standing = Standing(total=len(point.due))
         self._requests: tuple[Request, ...] = ()
         self._endpoint: Endpoint | None = None
-        self._health: Health | None = None
+        self._in_flight: dict[int, int] = {}  # by worker
+        self._health: list[Health] = []
+        self._stamped = 0
         self._log: Path | None = None
         self._log_from = 0
 
@@ -136,6 +138,7 @@ class _Run:
             fields["error"] = error
         if len(frame):
             fields["summary"] = summary = summarize(frame, config["slo"])
+            fields["steady"] = steadiness(frame)
             fields["validity"] = judge(frame, summary, config, self._writer.meta).as_dict()
         return self._writer.end(status, **fields)
 
@@ -153,7 +156,7 @@ class _Run:
         self._log_from = self._log.stat().st_size if self._log.exists() else 0
         if point.backend.fingerprint() != point.fingerprint:
             raise EngineError("the engine's code changed after this sweep was planned: run the same command again")
-        engine = garage.engine(point.backend, folder, point.cores.engine, point.config["repeat"])
+        engine = garage.engine(point.backend, folder, point.cores.engine, point.launch)
         self._endpoint = engine.endpoint
         self._writer.update(
             backend={
@@ -178,7 +181,9 @@ class _Run:
             connect_timeout=config["timeouts"]["connect"],
             request_timeout=config["timeouts"]["request"],
             stall_timeout=config["timeouts"]["stall"],
+            workers=point.workers,
             cores=point.cores.load_generator,
+            parser_cores=point.cores.engine,
         )
 
     def _listen(self, generator: LoadGenerator, engine: Engine) -> None:
@@ -187,16 +192,17 @@ class _Run:
             if message is None or isinstance(message, Tick):
                 engine.check_alive()
             self._watch(self._standing)
-        if self._health is None:
+        if len(self._health) < self._point.workers:
             raise LoadGeneratorDied("the load generator ended before the race was over")
 
     def _hear(self, message: Message | None) -> None:
         standing = self._standing
-        if isinstance(message, Capture):
+        if isinstance(message, Finished):
             self._keep(message)
         elif isinstance(message, Tick):
-            standing.in_flight = message.in_flight
-        elif isinstance(message, Started):
+            self._in_flight[message.worker] = message.in_flight
+            standing.in_flight = sum(self._in_flight.values())
+        elif isinstance(message, Started) and standing.start is None:
             standing.phase, standing.start = "racing", message.start
             self._writer.update(started_at=datetime.now(UTC).isoformat(), start_ns=message.start)
         elif isinstance(message, WarmedUp):
@@ -205,17 +211,20 @@ class _Run:
                 raise EngineError(f"every request of the warm-up failed, the first with: {said}")
             self._writer.update(warmup=message._asdict())
         elif isinstance(message, Health):
-            self._health = message
-            self._writer.update(load_generator=message._asdict())
+            self._health.append(message)
+            stamps = "kernel" if self._stamped == self._standing.done else "user" if not self._stamped else "mixed"
+            workers = [h._asdict() for h in sorted(self._health)]
+            self._writer.update(load_generator={"workers": workers, "stamps": stamps})
 
     def _scrubbed(self, text: str | None) -> str:
         assert self._endpoint is not None
         return self._endpoint.scrub(text or "nothing said")
 
-    def _keep(self, capture: Capture) -> None:
-        assert self._standing.start is not None
-        request = self._requests[capture.position]
-        finished = record(capture, request.id, self._standing.start)
+    def _keep(self, message: Finished) -> None:
+        finished = message.record
+        request = self._requests[finished.id]
+        finished.id = request.id
+        self._stamped += message.stamped
         finished.error = finished.error and self._scrubbed(finished.error)
         self._writer.add(table.row(finished, request))
         self._standing.add(finished)
@@ -226,7 +235,7 @@ class _Run:
         deadline = now() + _LAST_WORDS
         with contextlib.suppress(OSError, StackraceError):
             for message in generator.messages(_REFRESH):
-                if isinstance(message, Started | Capture | Health):
+                if isinstance(message, Started | Finished | Health):
                     self._hear(message)
                 if now() > deadline:
                     break

@@ -24,6 +24,8 @@ SCHEMA = pa.schema(
         pa.field("body_sent", _NULLABLE),
         pa.field("chunk_times", pa.list_(pa.int64()), nullable=False),
         pa.field("chunk_tokens", pa.list_(pa.int32()), nullable=False),
+        pa.field("chunk_lateness", pa.list_(pa.int64())),
+        pa.field("chunk_coalesced", pa.list_(pa.bool_())),
         pa.field("output_ids", pa.list_(pa.int32())),
         pa.field("end", _NULLABLE),
         pa.field("prompt_tokens", _NULLABLE),

@@ -13,10 +13,13 @@ import yaml
 
 from stackrace.harness.errors import UsageError, require
 from stackrace.harness.metrics import JUDGED
-from stackrace.harness.observed import Floats, Observed
+from stackrace.harness.observed import Observed
+from stackrace.harness.settling import Floats
 
 Stats = dict[str, float]
 Summary = dict[str, Stats]
+STEADY = "steady_"
+"""What the statistics of requests due in the steady window begin with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +56,13 @@ def summarize(records: pd.DataFrame, slo_ms: Mapping[str, float | None]) -> Summ
     """
     run = Observed(records, parse_slo(slo_ms))
     return {name: stats for name, m in metrics().items() if (stats := _stats(m, run))}
+
+
+def steadiness(records: pd.DataFrame) -> dict[str, Any]:
+    """The steady window for run.json: `begin` and `end` in seconds, None where there is none, and the `rule`."""
+    run = Observed(records)
+    begin, end = run.steady or (None, None)
+    return {"begin": begin, "end": end, "rule": run.settled.rule}
 
 
 def parse_slo(slo_ms: Mapping[str, float | None]) -> dict[str, float | None]:
@@ -101,8 +111,18 @@ def _stats(metric: Metric, run: Observed) -> Stats:
 
 def _distribution(metric: Metric, run: Observed) -> dict[str, float | None]:
     samples = metric.compute(run)
-    if metric.over != "chunks":
-        samples = samples[run.ok if metric.over == "requests" else run.sent]
+    if metric.over == "chunks":
+        return _quantiles(metric, samples)
+    if metric.over == "sent":
+        return _quantiles(metric, samples[run.sent])
+    whole = _quantiles(metric, samples[run.ok])
+    if run.steady is None:
+        return whole
+    steady = _quantiles(metric, samples[run.ok & run.steady.holds(run.column("due"))])
+    return whole | {f"{STEADY}{name}": value for name, value in steady.items()}
+
+
+def _quantiles(metric: Metric, samples: Floats) -> dict[str, float | None]:
     samples = samples[np.isfinite(samples)]
     if not len(samples):
         return {}

@@ -1,5 +1,6 @@
 """A sweep: every point planned before the first is launched, finished ones skipped, failed ones survived."""
 
+import dataclasses
 import signal
 import threading
 from collections.abc import Callable, Iterable
@@ -10,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from stackrace.backends.garage import Garage
 from stackrace.harness import store
+from stackrace.harness.capacity import Capacity, Found, first_level, rules_of
 from stackrace.harness.errors import PointFailed, UsageError
 from stackrace.harness.point import Point, plan
 from stackrace.harness.progress import Progress
@@ -27,6 +29,7 @@ class Sweep:
         self._on_sigterm: signal.Handlers | Callable[[int, FrameType | None], Any] | int | None = None
         self._planned: dict[str, Point] = {}
         self.points: list[Point] = []
+        self.found: list[Found] = []  # of searches
         self.failed: list[str] = []
         self.refused: UsageError | None = None
 
@@ -47,8 +50,10 @@ class Sweep:
         """Plan all points; raises UsageError for the first that could not run, with nothing launched or written.
 
         Returns the order to run them in: repeat by repeat, and within one so that each engine is launched once.
+        Of a search the point that it begins with is planned.
         """
-        planned = [(_identity(cfg), plan(cfg)) for cfg in configs]
+        asked = list(configs)
+        planned = [(_identity(cfg), plan(first_level(cfg))) for cfg in asked]
         points = [point for _, point in planned]
         engines = list(dict.fromkeys(p.fingerprint for p in points))
         order = sorted(
@@ -59,18 +64,41 @@ class Sweep:
             for point in to_run:
                 point.backend.check_port()
         self._planned |= dict(planned)
-        self._progress.expect(to_run, len(points) - len(to_run))
+        if any(_is_search(cfg) for cfg in asked):
+            self._progress.expect_at_most(sum(rules_of(c).max_points if _is_search(c) else 1 for c in asked))
+        else:
+            self._progress.expect(to_run, len(points) - len(to_run))
         return order
 
     def run(self, cfg: DictConfig) -> dict[str, Any] | None:
-        """Run one point unless it is finished; returns its run.json. Raises PointFailed."""
+        """Run one point unless it is finished, or one search; returns its run.json or result. Raises PointFailed."""
         identity = _identity(cfg)
         if identity not in self._planned:
             self.expect([cfg])
         point = self._planned[identity]
+        if _is_search(cfg):
+            return self._find(cfg, point)
+        self.points.append(point)
+        return store.read_meta(point.folder) if is_finished(point) else self._race(point)
+
+    def _find(self, cfg: DictConfig, first: Point) -> dict[str, Any]:
+        """Search: every measurement a point, all of them before one launch of the engine."""
+        search = Capacity(cfg, first, self._measure)
+        try:
+            return search.go()
+        finally:
+            self.found.append(search.found)
+
+    def _measure(self, cfg: DictConfig) -> Point:
+        point = dataclasses.replace(plan(cfg), launch=0)
         self.points.append(point)
         if is_finished(point):
-            return store.read_meta(point.folder)
+            self._progress.reuse(point)
+        else:
+            self._race(point)
+        return point
+
+    def _race(self, point: Point) -> dict[str, Any]:
         self._progress.begin(point)
         try:
             meta = race(point, self._garage, self._progress.watch)
@@ -96,6 +124,10 @@ def is_finished(point: Point) -> bool:
     """Its folder holds a result. UsageError if a newer stackrace wrote it."""
     meta = store.read_meta(point.folder)
     return meta is not None and meta["status"] == "ok"
+
+
+def _is_search(cfg: DictConfig) -> bool:
+    return cfg.get("search") is not None
 
 
 def _identity(cfg: DictConfig) -> str:

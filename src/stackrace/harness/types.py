@@ -74,6 +74,8 @@ class Record:
     body_sent: int | None = None  # last byte handed to the kernel
     chunk_times: list[int] = field(default_factory=list)  # one an event that carried tokens
     chunk_tokens: list[int] = field(default_factory=list)
+    chunk_lateness: list[int] | None = None  # user-space stamp - kernel's, which chunk_times then are: the client's own
+    chunk_coalesced: list[bool] = field(default_factory=list)  # it came in one read with a later one, and has its time
     output_ids: list[int] | None = None  # where the server tells
     end: int | None = None  # last byte, or when it was given up
     prompt_tokens: int | None = None  # as the server counted

@@ -2,16 +2,20 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
-from stackrace.harness.observed import Mask, Observed, Window
+from stackrace.harness.growth import Growth, growth
+from stackrace.harness.observed import Mask, Observed
 from stackrace.harness.summary import Summary
 
 VERDICTS = ("valid", "suspect", "invalid")
+CLIENT = {"lag_p99", "loop_lag_p99", "cpu_share"}
+"""Thresholds on the client: passed by far, a point says nothing about the server."""
+OTHER_WORK = {"wrong_lengths", "cached_share"}
+"""Thresholds on what was done: passed by far, it was not what was asked."""
 
 
 class Finding(NamedTuple):
@@ -28,6 +32,8 @@ class Validity:
 
     verdict: str
     reasons: list[str]
+    invalid: list[str]  # names of the thresholds that were passed by so much
+    sustainable: bool | None  # the load, in an open loop; None: too short to tell
 
     def as_dict(self) -> dict[str, Any]:
         """For run.json."""
@@ -39,20 +45,25 @@ def judge(records: pd.DataFrame, summary: Summary, config: Mapping[str, Any], me
 
     `config` and `meta` are config.yaml and run.json: an old run is judged by every ground that is known today.
     """
-    run = Observed(records)
-    verdict, reasons = 0, []
-    for finding in _findings(run, summary, config, meta):
-        grade = _grade(finding.value, config["validity"].get(finding.name, {}))
-        if grade and finding.value is not None:
-            verdict = max(verdict, grade)
-            reasons.append(finding.words.format(finding.value))
-    for reason in _plain_reasons(run, meta):
-        verdict = max(verdict, 1)
-        reasons.append(reason)
-    if not run.ok.any():
-        verdict = 2
-        reasons.append("no request succeeded")
-    return Validity(VERDICTS[verdict], reasons)
+    run, limits = Observed(records), config["validity"]
+    grown = _growth(run, config)
+    graded = [(f, _grade(f.value, limits.get(f.name, {}))) for f in _findings(run, summary, config, meta, grown)]
+    told = [(grade, f.words.format(f.value)) for f, grade in graded if grade]
+    told += [(1, reason) for reason in _plain_reasons(run, meta)]
+    told += [] if run.ok.any() else [(2, "no request succeeded")]
+    limit = limits.get("queue_growth", {}).get("suspect")
+    return Validity(
+        verdict=VERDICTS[max((grade for grade, _ in told), default=0)],
+        reasons=[reason for _, reason in told],
+        invalid=[f.name for f, grade in graded if grade == 2],
+        sustainable=None if grown is None or limit is None else grown.sustainable(limit),
+    )
+
+
+def _growth(run: Observed, config: Mapping[str, Any]) -> Growth | None:
+    """None for a closed loop, whose queue cannot grow."""
+    is_closed = str(config.get("arrival", {}).get("_target_", "")).endswith(".Immediate")
+    return None if is_closed else growth(run)
 
 
 def _grade(value: float | None, limits: Mapping[str, float | None]) -> int:
@@ -62,17 +73,27 @@ def _grade(value: float | None, limits: Mapping[str, float | None]) -> int:
     return int(value is not None and suspect is not None and value > suspect)
 
 
-def _findings(run: Observed, summary: Summary, config: Mapping[str, Any], meta: Mapping[str, Any]) -> Iterator[Finding]:
-    lag, client = summary.get("lag", {}), meta.get("load_generator", {})
+def _findings(
+    run: Observed, summary: Summary, config: Mapping[str, Any], meta: Mapping[str, Any], grown: Growth | None
+) -> Iterator[Finding]:
+    lag = summary.get("lag", {})
     worst, where = (lag["p99"], "at p99") if "p99" in lag else (lag.get("max"), "at worst")
     yield Finding("lag_p99", worst, f"the client sent {{:.4f}} s late {where}")
-    yield Finding("loop_lag_p99", client.get("loop_lag_p99"), "the client's loop was {:.4f} s late at p99")
-    yield Finding("cpu_share", client.get("cpu_share"), "the client used {:.0%} of its core")
+    yield Finding("loop_lag_p99", _worst(meta, "loop_lag_p99"), "the client's loop was {:.4f} s late at p99")
+    yield Finding("cpu_share", _worst(meta, "cpu_share"), "the client used {:.0%} of its core")
     yield Finding("error_share", _share(run.failed, ~run.censored), "{:.1%} of the requests failed")
     yield Finding("wrong_lengths", _share(_has_wrong_length(run), run.ok), "{:.1%} of the answers have wrong lengths")
     beyond = _cached_beyond(run, _repeated_tokens(run, config, meta))
     yield Finding("cached_share", beyond, "{:.1%} of the prompt tokens came from a prefix cache, unasked")
-    yield Finding("queue_growth", _queue_growth(run), "the queue kept growing: {:.1f} times as long at the end")
+    rose = grown.end if grown is not None and grown.is_rising else None
+    yield Finding("queue_growth", rose, "unsustainable: the queue kept growing, {:.1f} times as long at the end")
+
+
+def _worst(meta: Mapping[str, Any], name: str) -> float | None:
+    """Of all workers; older runs had one, and told of it without a list."""
+    client = meta.get("load_generator", {})
+    told = [w[name] for w in client.get("workers", [client]) if w.get(name) is not None]
+    return max(told, default=None)
 
 
 def _plain_reasons(run: Observed, meta: Mapping[str, Any]) -> Iterator[str]:
@@ -113,26 +134,3 @@ def _cached_beyond(run: Observed, repeated: float) -> float | None:
     if not told.any():
         return None
     return float((cached[told].sum() - repeated) / run.count("asked_prompt_tokens")[told].sum())
-
-
-def _queue_growth(run: Observed) -> float | None:
-    """How many times as many requests were outstanding in the last fifth of the arrivals as in the middle one.
-
-    Looked at from the first finished request on, when the system has filled, and only if that lasts for 20 arrivals
-    and five times as long as the first of them took; else None. None also unless the number rose from each fifth to the
-    next, which a steady queue does once in 120 times and an overloaded one always. Both are taken one request
-    larger, so that a queue of a few is not called growing.
-    """
-    due = run.column("due")
-    if not run.ok.any():
-        return None
-    filled = Window(float(run.last[run.ok].min()), float(due.max()))
-    fifths = [Window(a, b) for a, b in pairwise(np.linspace(*filled, 6).tolist())]
-    early = fifths[0].holds(due)
-    if filled.holds(due).sum() < 20 or not early.any():
-        return None
-    if filled.seconds < 5 * np.median((run.column("end") - due)[early]):
-        return None
-    outstanding = [run.mean_outstanding(fifth) for fifth in fifths]
-    is_rising = all(a < b for a, b in pairwise(outstanding))
-    return (outstanding[4] + 1) / (outstanding[2] + 1) if is_rising else None

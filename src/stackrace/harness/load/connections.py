@@ -3,17 +3,28 @@
 import asyncio
 import socket
 import ssl
+from array import array
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
 from stackrace.harness.clock import SECOND, now
 from stackrace.harness.errors import UsageError
-from stackrace.harness.load.response import Read
+from stackrace.harness.load import stamps
 
 MAX_IDLE = 4 * SECOND  # vLLM and SGLang close an idle connection after 5 s
-_READ_BYTES = 65536
-_ANCILLARY_BYTES = 64
+_READ_BYTES = 16384  # more is read the next time round; asking for more costs each small read
+_AT_ONCE = 256  # connections that are opened side by side: a server's backlog is not endless
+
+
+@dataclass(slots=True)
+class Received:
+    """What came on a stream, read by read, unparsed."""
+
+    data: list[bytes] = field(default_factory=list)
+    stamps: "array[int]" = field(default_factory=lambda: array("q"))  # just after the read, ns of CLOCK_MONOTONIC
+    kernel: bytearray = field(default_factory=bytearray)  # STAMP_BYTES a read, zeros where the kernel told none
 
 
 @dataclass(slots=True, eq=False)
@@ -23,27 +34,28 @@ class Connection:
     sock: socket.socket
     used: bool = False  # carried a request already
     idle_since: int = field(default_factory=now)
+    _recvmsg: Callable[[int, int], tuple[bytes, list[tuple[int, int, bytes]], int, object]] | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.sock, ssl.SSLSocket):
+            self._recvmsg = self.sock.recvmsg
 
     @property
     def fd(self) -> int:
         """Its file descriptor, -1 when closed."""
         return self.sock.fileno()
 
-    def receive(self) -> list[Read]:
-        """What has arrived, stamped; an empty `data` is the end of the stream. OSError if the connection broke."""
-        if not isinstance(self.sock, ssl.SSLSocket):
-            data, ancillary, _, _ = self.sock.recvmsg(_READ_BYTES, _ANCILLARY_BYTES)
-            return [Read(now(), ancillary, data)]
-        reads: list[Read] = []
-        try:
-            while not reads or reads[-1].data:  # what TLS has decrypted does not wake the loop again
-                reads.append(Read(now(), [], self.sock.recv(_READ_BYTES)))
-        except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
-            pass
-        except OSError:
-            if not reads:  # else what came is kept first; the next call fails again
-                raise
-        return reads
+    def receive(self, received: Received) -> bytes:
+        """Add what has arrived, and return it; nothing at the end of the stream. OSError if the connection broke."""
+        if self._recvmsg is not None:
+            data, ancillary, _, _ = self._recvmsg(_READ_BYTES, stamps.ANCILLARY_BYTES)
+        else:
+            data, ancillary = _decrypted(self.sock), []
+        if data:
+            received.stamps.append(now())
+            received.kernel += ancillary[0][2] if ancillary else stamps.NO_STAMP
+            received.data.append(data)
+        return data
 
     def send(self, data: memoryview) -> int:
         """Bytes taken by the kernel, 0 if it takes none now."""
@@ -112,6 +124,7 @@ class Connections:
         try:
             sock.setblocking(False)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            stamps.enable(sock)
             async with asyncio.timeout(self._timeout):
                 await loop.sock_connect(sock, address)
                 if self._tls is not None:
@@ -145,15 +158,32 @@ class Connections:
         if missing > 0:
             self._opening += missing
             try:
-                opened = await asyncio.gather(*(self.open() for _ in range(missing)), return_exceptions=True)
+                for first in range(0, missing, _AT_ONCE):
+                    wave = (self.open() for _ in range(min(_AT_ONCE, missing - first)))
+                    opened = await asyncio.gather(*wave, return_exceptions=True)
+                    self._idle.extend(c for c in opened if isinstance(c, Connection))
             finally:
                 self._opening -= missing
-            self._idle.extend(c for c in opened if isinstance(c, Connection))
 
     def close(self) -> None:
         """Close every idle connection."""
         while self._idle:
             self._idle.pop().close()
+
+
+def _decrypted(sock: socket.socket) -> bytes:
+    """All that is there: what TLS has decrypted does not wake the loop again. BlockingIOError if that is nothing."""
+    parts: list[bytes] = []
+    try:
+        while part := sock.recv(_READ_BYTES):
+            parts.append(part)
+    except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
+        if not parts:
+            raise BlockingIOError from None
+    except OSError:
+        if not parts:  # else what came is kept first; the next call fails again
+            raise
+    return b"".join(parts)
 
 
 async def _handshake(

@@ -10,25 +10,13 @@ from typing import NamedTuple
 
 from stackrace.harness.clock import SECOND, Alarms, now
 from stackrace.harness.load.client import Exchange
-from stackrace.harness.load.connections import Connection, Connections
-from stackrace.harness.load.response import Read
+from stackrace.harness.load.connections import Connection, Connections, Received
+from stackrace.harness.load.plan import Plan, Start
+from stackrace.harness.load.readiness import Readiness
+from stackrace.harness.load.slots import Slots
 
 _UPKEEP = SECOND // 4
 _AHEAD = SECOND  # connections are opened this long before they are needed
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """A schedule on the clock. Times are absolute nanoseconds of CLOCK_MONOTONIC."""
-
-    payloads: list[bytes]
-    due: list[int]  # ascending
-    is_closed: bool  # due when a slot comes free
-    concurrency: int | None
-    cutoff: int | None  # nothing is sent from here on
-    drain: int  # nanoseconds that what is in flight at the cutoff is still waited for
-    request_timeout: int  # nanoseconds from when it was let go
-    stall_timeout: int  # nanoseconds without a byte
 
 
 class Capture(NamedTuple):
@@ -43,7 +31,7 @@ class Capture(NamedTuple):
     reconnected: int
     censored: bool
     error: str | None
-    reads: list[Read]
+    received: Received
 
 
 @dataclass(slots=True, eq=False)
@@ -58,18 +46,33 @@ class _Flight:
 
 
 class Driver:
-    """Runs one plan; `on_end` gets every capture as its request ends."""
+    """Runs one plan; `on_end` gets every capture as its request ends.
 
-    def __init__(self, plan: Plan, alarms: Alarms, connections: Connections, on_end: Callable[[Capture], None]) -> None:
+    A slot belongs to a session from its first turn to the end of its last one.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        slots: Slots | None,
+        alarms: Alarms,
+        readiness: Readiness,
+        connections: Connections,
+        on_end: Callable[[Capture], None],
+    ) -> None:
         self._plan = plan
+        self._slots = slots
         self._alarms = alarms
+        self._readiness = readiness
         self._connections = connections
         self._on_end = on_end
         self._loop = asyncio.get_running_loop()
-        self._waiting: deque[tuple[int, int | None]] = deque()  # position and due time; None: due when its slot is free
+        self._dues = [start.due for start in plan.starts]
+        self._waiting: deque[Start] = deque()  # due, or in a closed loop whenever its slot comes free
         self._flights: set[_Flight] = set()
+        self._thinking: dict[int, int] = {}  # position of a turn that will be due -> when
         self._opening: set[asyncio.Task[None]] = set()
-        self._next = 0  # first request that is not due yet
+        self._next = 0  # first start that is not due yet
         self._stopped = False
         self._over: asyncio.Future[None] = self._loop.create_future()
 
@@ -81,11 +84,15 @@ class Driver:
     async def run(self) -> None:
         """Return when every request has ended, or the drain after the cutoff is over."""
         plan = self._plan
-        self._alarms.at(plan.due[0], self._on_due)
+        if self._slots is not None:
+            self._loop.add_reader(self._slots.wake_file, self._on_wake)
+        if plan.starts:
+            self._alarms.at(plan.starts[0].due, self._on_due)
         if plan.cutoff is not None:
             self._alarms.at(plan.cutoff, self._stop_sending)
             self._alarms.at(plan.cutoff + plan.drain, self.abort)
         chores = [asyncio.create_task(self._expire_late_ones()), asyncio.create_task(self._keep_connections_ready())]
+        self._finish_if_over()
         try:
             await asyncio.wait([self._over, *chores], return_when=asyncio.FIRST_COMPLETED)
             for chore in chores:
@@ -94,6 +101,8 @@ class Driver:
         finally:
             for chore in chores:
                 chore.cancel()
+            if self._slots is not None:
+                self._loop.remove_reader(self._slots.wake_file)
 
     def abort(self) -> None:
         """End now: what is in flight, or due and waiting for a slot, is censored."""
@@ -107,20 +116,29 @@ class Driver:
         self._finish_if_over()
 
     def _on_due(self) -> None:
-        plan, time = self._plan, now()
-        while not self._stopped and self._next < len(plan.due) and plan.due[self._next] <= time:
-            position = self._next
+        starts, time = self._plan.starts, now()
+        while not self._stopped and self._next < len(starts) and starts[self._next].due <= time:
+            self._waiting.append(starts[self._next])
             self._next += 1
-            due = None if plan.is_closed else plan.due[position]
-            if self._has_slot():
-                self._let_go(position, plan.due[position], plan.due[position])
-            else:
-                self._waiting.append((position, due))
-        if not self._stopped and self._next < len(plan.due):
-            self._alarms.at(plan.due[self._next], self._on_due)
+        self._fill_slots()
+        if not self._stopped and self._next < len(starts):
+            self._alarms.at(starts[self._next].due, self._on_due)
 
-    def _has_slot(self) -> bool:
-        return self._plan.concurrency is None or len(self._flights) < self._plan.concurrency
+    def _on_wake(self) -> None:
+        assert self._slots is not None
+        self._slots.calm()
+        self._fill_slots()
+
+    def _fill_slots(self) -> None:
+        """Let go what waits. A slot is free from when its last request ended, however late we notice."""
+        while self._waiting and not self._stopped:
+            start = self._waiting[0]
+            freed = 0 if self._slots is None else self._slots.free_since(start.ticket)
+            if freed is None:
+                return
+            self._waiting.popleft()
+            slot = max(freed, start.due)
+            self._let_go(start.position, slot if self._plan.is_closed else start.due, slot)
 
     def _let_go(self, position: int, due: int, slot: int) -> None:
         flight = _Flight(position, due, slot)
@@ -150,7 +168,7 @@ class Driver:
 
     def _start(self, flight: _Flight, connection: Connection) -> None:
         on_end = functools.partial(self._on_exchange_end, flight)
-        flight.exchange = Exchange(self._plan.payloads[flight.position], self._loop, on_end)
+        flight.exchange = Exchange(self._plan.payloads[flight.position], self._loop, self._readiness, on_end)
         flight.exchange.start(connection)
 
     def _on_exchange_end(self, flight: _Flight, exchange: Exchange) -> None:
@@ -170,7 +188,8 @@ class Driver:
         self._flights.discard(flight)
         e = flight.exchange
         end = e.end if e and e.end is not None else now()
-        self._fill_slots(end)  # first: what follows takes time, and is the client's
+        is_broken = error is not None or flight.censored or (e is not None and e.is_refused)
+        self._go_on(flight.position, end, is_broken)  # first: what follows takes time, and is the client's
         self._on_end(
             Capture(
                 position=flight.position,
@@ -182,32 +201,52 @@ class Driver:
                 reconnected=flight.reconnected,
                 censored=flight.censored,
                 error=error,
-                reads=e.reads if e else [],
+                received=e.received if e else Received(),
             )
         )
+        if is_broken and not self._stopped:
+            self._give_up_session(flight.position, end)
         self._finish_if_over()
 
-    def _fill_slots(self, freed: int) -> None:
-        """Let go what waits. A slot is free from when its last request ended, however late we notice."""
-        while self._waiting and not self._stopped and self._has_slot():
-            position, due = self._waiting.popleft()
-            slot = max(freed, due or 0)
-            self._let_go(position, slot if due is None else due, slot)
+    def _go_on(self, position: int, end: int, is_broken: bool) -> None:
+        """The session's next turn, or, where there is none, the next one in its slot."""
+        turn = self._plan.following.get(position)
+        if turn is not None and not is_broken and not self._stopped:
+            self._thinking[turn.position] = end + turn.think
+            self._alarms.at(end + turn.think, functools.partial(self._on_thought, turn.position))
+        elif self._slots is not None:
+            self._slots.release(end)
+            self._fill_slots()
+
+    def _on_thought(self, position: int) -> None:
+        due = self._thinking.pop(position, None)
+        if due is not None:
+            self._let_go(position, due, due)
+
+    def _give_up_session(self, position: int, time: int) -> None:
+        """The turns after one that failed have nothing to answer to: they fail with it, unsent."""
+        error = "not asked: an earlier turn of its session failed"
+        turn = self._plan.following.get(position)
+        while turn is not None:
+            self._on_end(Capture(turn.position, time, time, None, None, time, 0, False, error, Received()))
+            turn = self._plan.following.get(turn.position)
 
     def _stop_sending(self) -> None:
         if self._stopped:
             return
         self._stopped = True
         time = now()
-        for position, due in self._waiting:
-            if due is not None:  # it was due, and never got a slot
-                self._on_end(Capture(position, due, time, None, None, time, 0, True, None, []))
+        if not self._plan.is_closed:  # these were due, and never got a slot
+            for start in self._waiting:
+                self._on_end(Capture(start.position, start.due, time, None, None, time, 0, True, None, Received()))
         self._waiting.clear()
+        self._thinking.clear()
         self._finish_if_over()
 
     def _finish_if_over(self) -> None:
-        is_all_due = self._stopped or self._next == len(self._plan.due)
-        if is_all_due and not self._waiting and not self._flights and not self._over.done():
+        is_all_due = self._stopped or self._next == len(self._plan.starts)
+        is_idle = not self._waiting and not self._flights and not self._thinking
+        if is_all_due and is_idle and not self._over.done():
             self._over.set_result(None)
 
     async def _expire_late_ones(self) -> None:
@@ -224,9 +263,11 @@ class Driver:
         """How many requests come due within the next second, as far as the cap lets them go."""
         if self._stopped:
             return 0
-        coming = bisect_right(self._plan.due, time + _AHEAD) - self._next
-        cap = self._plan.concurrency
-        return max(0, coming if cap is None else min(coming, cap - len(self._flights)))
+        coming = bisect_right(self._dues, time + _AHEAD) - self._next
+        turns = sum(due <= time + _AHEAD for due in self._thinking.values())
+        if self._slots is not None:
+            coming = min(coming, self._slots.cap - len(self._flights) - len(self._thinking))
+        return max(0, coming) + turns
 
     def _expire(self, time: int) -> None:
         plan = self._plan

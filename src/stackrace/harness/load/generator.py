@@ -1,6 +1,8 @@
-"""The parent's side of the load generator: starts the worker, reads its captures, turns them into records."""
+"""The harness's side of the load generator: starts workers and parser, sets them off together, reads what comes."""
 
 import contextlib
+import fcntl
+import os
 import queue
 import subprocess
 import sys
@@ -9,109 +11,139 @@ import threading
 from collections.abc import Iterator
 from typing import IO
 
+from stackrace.harness.clock import SECOND, now
 from stackrace.harness.errors import LoadGeneratorDied
 from stackrace.harness.load import messages
-from stackrace.harness.load.driver import Capture
-from stackrace.harness.load.response import Answer, parse
-from stackrace.harness.types import Record
+from stackrace.harness.load.messages import Go, Job, Message, Ready, Tick, WorkerJob
+from stackrace.harness.load.plan import Share
+from stackrace.harness.load.slots import SlotTable
+from stackrace.harness.schedule import Schedule
+
+_HEAD_START = SECOND // 20
+_PIPE_BYTES = 1 << 20
+_F_SETPIPE_SZ = getattr(fcntl, "F_SETPIPE_SZ", None)
 
 
 class LoadGenerator:
-    """A running worker. Use as a context manager: on leaving, the process is gone."""
+    """Running workers and their parser. Use as a context manager: on leaving, the processes are gone."""
 
-    def __init__(self, job: messages.Job) -> None:
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._ready = 0
         self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (closed in __exit__)
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "stackrace.harness.load.worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            start_new_session=True,  # Ctrl-C is for the harness, which then stops the worker in order
-        )
-        assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # it died at once: `messages` will say with what words
-            self._process.stdin.write(messages.encode(job))
-            self._process.stdin.flush()
-        self._inbox: queue.SimpleQueue[messages.Message | None] = queue.SimpleQueue()
+        self._slots = _slots(job)
+        pipes = [os.pipe() for _ in range(job.workers)]
+        self._workers = [self._start_worker(i, out) for i, (_, out) in enumerate(pipes)]
+        self._parser = self._start_parser([end for end, _ in pipes])
+        for end in (end for pipe in pipes for end in pipe):
+            os.close(end)
+        self._inbox: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
+        for i, worker in enumerate(self._workers):
+            self._say(worker, WorkerJob(job=job, worker=i, slots=self._slots))
 
     def __enter__(self) -> "LoadGenerator":
         return self
 
     def __exit__(self, *_: object) -> None:
         self.stop()
-        self._process.kill()
-        self._process.wait()
+        for process in (*self._workers, self._parser):
+            process.kill()
+            process.wait()
         self._reader.join()
-        for pipe in (self._process.stdout, self._errors):
+        for pipe in (self._parser.stdout, self._errors):
             if pipe is not None:
                 pipe.close()
+        if self._slots is not None:
+            self._slots.close()
 
     def stop(self) -> None:
-        """Have it give up what is in flight; its last messages still come."""
-        assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.close()
+        """Have the workers give up what is in flight; their last messages still come."""
+        for worker in self._workers:
+            assert worker.stdin is not None
+            with contextlib.suppress(BrokenPipeError):
+                worker.stdin.close()
 
-    def messages(self, interval: float) -> Iterator[messages.Message | None]:
-        """Messages as they come, None whenever `interval` seconds passed without one; ends with the worker.
+    def messages(self, interval: float) -> Iterator[Message | None]:
+        """Messages as they come, None whenever `interval` seconds passed without one; ends with the workers.
 
-        Raises LoadGeneratorDied, with what it printed, if it failed.
+        Raises LoadGeneratorDied, with what it printed, if one of them failed: the others are stopped.
         """
         while True:
             try:
                 message = self._inbox.get(timeout=interval)
             except queue.Empty:
+                self._check()
                 yield None
                 continue
             if message is None:
                 break
+            if isinstance(message, Ready):
+                self._on_ready()
+            elif isinstance(message, Tick):
+                self._check()
             yield message
-        if self._process.wait() != 0:
-            self._errors.seek(0)
-            said = self._errors.read().decode(errors="replace").strip().splitlines()
-            raise LoadGeneratorDied(f"the load generator ended with {self._process.returncode}: {' '.join(said[-1:])}")
+        for process in (*self._workers, self._parser):
+            process.wait()
+        self._check()
+
+    def _on_ready(self) -> None:
+        self._ready += 1
+        if self._ready == len(self._workers):
+            go = Go(now() + _HEAD_START)
+            for worker in self._workers:
+                self._say(worker, go)
+
+    def _check(self) -> None:
+        for process in (*self._workers, self._parser):
+            if process.poll():
+                self.stop()
+                self._errors.seek(0)
+                said = self._errors.read().decode(errors="replace").strip().splitlines()
+                raise LoadGeneratorDied(f"the load generator ended with {process.returncode}: {' '.join(said[-1:])}")
+
+    def _say(self, worker: subprocess.Popen[bytes], message: object) -> None:
+        assert worker.stdin is not None
+        with contextlib.suppress(BrokenPipeError, ValueError):  # it died: `messages` will say with what words
+            worker.stdin.write(messages.encode(message))
+            worker.stdin.flush()
+
+    def _start_worker(self, worker: int, out: int) -> subprocess.Popen[bytes]:
+        if _F_SETPIPE_SZ is not None:
+            with contextlib.suppress(OSError):  # more than this user may have: then it is smaller
+                fcntl.fcntl(out, _F_SETPIPE_SZ, _PIPE_BYTES)
+        return subprocess.Popen(
+            [sys.executable, "-m", "stackrace.harness.load.worker"],
+            stdin=subprocess.PIPE,
+            stdout=out,
+            stderr=self._errors,
+            pass_fds=self._slots.files if self._slots else (),
+            start_new_session=True,  # Ctrl-C is for the harness, which then stops the workers in order
+        )
+
+    def _start_parser(self, files: list[int]) -> subprocess.Popen[bytes]:
+        cores = ",".join(map(str, self._job.parser_cores))
+        return subprocess.Popen(
+            [sys.executable, "-m", "stackrace.harness.load.parser", *map(str, files), f"cores={cores}"],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            pass_fds=files,
+            start_new_session=True,
+        )
 
     def _read(self) -> None:
-        assert self._process.stdout is not None
+        assert self._parser.stdout is not None
         try:
-            while (message := messages.read(self._process.stdout)) is not None:
+            while (message := messages.read(self._parser.stdout)) is not None:
                 self._inbox.put(message)
         finally:
             self._inbox.put(None)
 
 
-def record(capture: Capture, request_id: int, start: int) -> Record:
-    """Parse a capture into a record, its times after `start` (ns)."""
-    answer = parse(capture.reads)
-    return Record(
-        id=request_id,
-        due=capture.due - start,
-        slot=capture.slot - start,
-        sent=_after(capture.sent, start),
-        body_sent=_after(capture.body_sent, start),
-        chunk_times=[t - start for t in answer.chunk_times],
-        chunk_tokens=answer.chunk_tokens,
-        output_ids=answer.output_ids or None,
-        end=capture.end - start,
-        prompt_tokens=answer.prompt_tokens,
-        output_tokens=answer.output_tokens,
-        cached_tokens=answer.cached_tokens,
-        token_source=answer.token_source,
-        reconnected=capture.reconnected,
-        censored=capture.censored,
-        error=None if capture.censored else answer.error or capture.error or _unfinished(answer),
-    )
-
-
-def _after(time: int | None, start: int) -> int | None:
-    return None if time is None else time - start
-
-
-def _unfinished(answer: Answer) -> str | None:
-    if not answer.complete:
-        return "the response ended in the middle"
-    if not answer.done:
-        return "the stream ended without [DONE]"
-    return None if answer.chunk_times else "no token came"
+def _slots(job: Job) -> SlotTable | None:
+    if job.concurrency is None:
+        return None
+    tickets = Share.of(Schedule.load(job.schedule), 0, job.workers).tickets
+    return SlotTable.make(job.concurrency, tickets, job.workers)

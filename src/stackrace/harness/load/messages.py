@@ -1,4 +1,9 @@
-"""What the harness and its load generator's process tell each other, and how it is framed on a pipe."""
+"""What the processes of a race tell each other, and how it is framed on a pipe.
+
+    harness --Job, Go--> workers --Ready, Started, Offsets, Tick, Capture, Health--> parser --> harness
+
+The parser turns each Capture into a Finished and each worker's Offsets stay with it; all else it passes on.
+"""
 
 import pickle
 import struct
@@ -6,16 +11,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from stackrace.harness.load.driver import Capture
+from stackrace.harness.load.health import Health
+from stackrace.harness.load.slots import SlotTable
+from stackrace.harness.load.stamps import Offset
 from stackrace.harness.schedule import Schedule
-from stackrace.harness.types import Endpoint
+from stackrace.harness.types import Endpoint, Record
 
-_LENGTH = struct.Struct("<Q")
+LENGTH = struct.Struct("<Q")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What one worker is to do; seconds."""
+    """What the load generator is to do; seconds."""
 
     endpoint: Endpoint
     schedule: Path
@@ -27,7 +34,18 @@ class Job:
     connect_timeout: float
     request_timeout: float
     stall_timeout: float
-    cores: tuple[int, ...]
+    workers: int
+    cores: tuple[int, ...]  # the workers'
+    parser_cores: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerJob:
+    """One worker's part."""
+
+    job: Job
+    worker: int
+    slots: SlotTable | None
 
 
 class WarmedUp(NamedTuple):
@@ -38,41 +56,79 @@ class WarmedUp(NamedTuple):
     first_error: str | None
 
 
-class Started(NamedTuple):
-    """The race is on; `start` is the clock's zero of this run."""
+class Ready(NamedTuple):
+    """A worker has built its requests, warmed up and opened its connections."""
+
+    worker: int
+
+
+class Go(NamedTuple):
+    """To every worker: the race starts at this nanosecond of CLOCK_MONOTONIC."""
 
     start: int
 
 
-class Tick(NamedTuple):
-    """Where the race stands."""
+class Started(NamedTuple):
+    """A worker is on its way; `start` is the clock's zero of this run."""
 
+    worker: int
+    start: int
+
+
+class Offsets(NamedTuple):
+    """Samples of the clocks' offset, the last one taken just now."""
+
+    samples: list[Offset]
+
+
+class Tick(NamedTuple):
+    """Where a worker stands."""
+
+    worker: int
     in_flight: int
 
 
-class Health(NamedTuple):
-    """How the worker itself fared while the clock ran; seconds."""
+class Finished(NamedTuple):
+    """A request has ended; its record's id is its position in the schedule."""
 
-    loop_lag_p50: float
-    loop_lag_p99: float
-    loop_lag_max: float
-    cpu_share: float
-    reads: int
-    seconds: float
+    record: Record
+    stamped: bool  # by the kernel, every read of it
 
 
-Message = WarmedUp | Started | Tick | Health | Capture
+Message = WarmedUp | Ready | Started | Tick | Health | Finished
+"""What reaches the harness."""
 
 
-def encode(message: Job | Message) -> bytes:
+def encode(message: object) -> bytes:
     """Length and pickle; both ends are processes of ours."""
     body = pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
-    return _LENGTH.pack(len(body)) + body
+    return LENGTH.pack(len(body)) + body
 
 
 def read(stream: IO[bytes]) -> Any:
     """The next message, None at the end of the stream. `stream` must be buffered, or a read may come up short."""
-    head = stream.read(_LENGTH.size)
-    if len(head) < _LENGTH.size:
+    head = stream.read(LENGTH.size)
+    if len(head) < LENGTH.size:
         return None
-    return pickle.loads(stream.read(_LENGTH.unpack(head)[0]))
+    body = stream.read(LENGTH.unpack(head)[0])
+    return pickle.loads(body)
+
+
+class Unframer:
+    """Messages from bytes that come in any pieces."""
+
+    def __init__(self) -> None:
+        self._rest = bytearray()
+
+    def feed(self, data: bytes) -> list[Any]:
+        """The messages that `data` completes."""
+        self._rest += data
+        found, at = [], 0
+        while len(self._rest) - at >= LENGTH.size:
+            end = at + LENGTH.size + LENGTH.unpack_from(self._rest, at)[0]
+            if len(self._rest) < end:
+                break
+            found.append(pickle.loads(memoryview(self._rest)[at + LENGTH.size : end].tobytes()))
+            at = end
+        del self._rest[:at]
+        return found

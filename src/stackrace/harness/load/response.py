@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import httptools
 import orjson
@@ -12,22 +12,14 @@ from stackrace.harness.errors import ProtocolError
 _LARGEST = (1 << 31) - 1  # token id or token count
 
 
-class Read(NamedTuple):
-    """One recvmsg: nanoseconds of the user-space stamp, ancillary data, bytes."""
-
-    stamp: int
-    ancillary: list[tuple[int, int, bytes]]
-    data: bytes
-
-
 @dataclass(slots=True)
 class Answer:
-    """What a response said. Times are the stamps of the reads that completed each event."""
+    """What a response said. A chunk is an event that carried a token."""
 
     status: int = 0
     complete: bool = False  # the HTTP message reached its end
     done: bool = False  # data: [DONE] was seen
-    chunk_times: list[int] = field(default_factory=list)
+    chunk_reads: list[int] = field(default_factory=list)  # number of the read that completed it
     chunk_tokens: list[int] = field(default_factory=list)
     output_ids: list[int] = field(default_factory=list)
     prompt_tokens: int | None = None
@@ -37,8 +29,8 @@ class Answer:
     error: str | None = None
 
 
-def parse(reads: Iterable[Read]) -> Answer:
-    """Everything that the reads of one response say. Never raises: what is wrong stands in `error`."""
+def parse(reads: Iterable[bytes]) -> Answer:
+    """Everything that one response says, given as it was read. Never raises: what is wrong stands in `error`."""
     return _Parser().parse(reads)
 
 
@@ -48,20 +40,19 @@ class _Parser:
     def __init__(self) -> None:
         self._http = httptools.HttpResponseParser(self)
         self._answer = Answer()
-        self._stamp = 0
+        self._read = 0
         self._body = bytearray()  # of an answer that is no event stream
         self._events = _EventStream()
         self._is_stream = False
 
-    def parse(self, reads: Iterable[Read]) -> Answer:
-        for read in reads:
-            self._stamp = read.stamp
+    def parse(self, reads: Iterable[bytes]) -> Answer:
+        for self._read, data in enumerate(reads):
             try:
-                self._http.feed_data(read.data)
+                self._http.feed_data(data)
             except httptools.HttpParserError as e:
                 if self._answer.complete:  # what follows the end is none of this response
                     break
-                self._fail(f"not HTTP: {e}: {read.data[:80]!r}")
+                self._fail(f"not HTTP: {e}: {data[:80]!r}")
                 break
         if self._body or self._answer.status not in (0, 200):
             self._fail(_plain_error(self._answer.status, bytes(self._body)))
@@ -105,7 +96,7 @@ class _Parser:
         if tokens <= 0:
             return
         answer.token_source = _weakest(answer.token_source, source)
-        answer.chunk_times.append(self._stamp)
+        answer.chunk_reads.append(self._read)
         answer.chunk_tokens.append(tokens)
         for choice in event["choices"]:
             answer.output_ids += _ids(choice)

@@ -1,4 +1,4 @@
-"""The load generator's process: python -m stackrace.harness.load.worker, a job on stdin, captures on stdout.
+"""One worker's process: python -m stackrace.harness.load.worker, a WorkerJob and Go on stdin, messages on stdout.
 
 It sends, stamps and passes on; it parses nothing. When stdin closes, it gives up what is in flight and ends.
 """
@@ -6,184 +6,175 @@ It sends, stamps and passes on; it parses nothing. When stdin closes, it gives u
 import asyncio
 import gc
 import os
-import resource
 import sys
 from bisect import bisect_right
 from collections.abc import Callable
 from typing import IO, Any
 
-import numpy as np
-
 from stackrace.harness import host
 from stackrace.harness.clock import SECOND, Alarms, now
 from stackrace.harness.load import messages
 from stackrace.harness.load.connections import Connections
-from stackrace.harness.load.driver import Capture, Driver, Plan
-from stackrace.harness.load.messages import Health, Job, Message, Started, Tick, WarmedUp
+from stackrace.harness.load.driver import Capture, Driver
+from stackrace.harness.load.health import Heart
+from stackrace.harness.load.messages import Go, Job, Offsets, Ready, Started, Tick, WarmedUp, WorkerJob
+from stackrace.harness.load.outbox import Outbox
+from stackrace.harness.load.plan import Plan, Share
+from stackrace.harness.load.readiness import Readiness
 from stackrace.harness.load.request import request_bytes
 from stackrace.harness.load.response import parse
+from stackrace.harness.load.slots import Slots, SlotTable
 from stackrace.harness.schedule import Schedule
 
-_HEARTBEAT = SECOND // 100
 _TICK = SECOND // 4
-_HEAD_START = SECOND // 20
 
 
-class Heart:
-    """Beats every 10 ms and notes how late the loop let it."""
+class Worker:
+    """One share of a race."""
 
-    def __init__(self, alarms: Alarms) -> None:
-        self._alarms = alarms
-        self._late: list[int] = []
-        self._next = now() + _HEARTBEAT
-        self._cpu, self._since = _cpu_seconds(), now()
-        alarms.at(self._next, self._beat)
+    def __init__(
+        self, task: WorkerJob, out: asyncio.WriteTransport, go: "asyncio.Future[int]", stop: "asyncio.Future[None]"
+    ) -> None:
+        self._task, self._job = task, task.job
+        self._go, self._stop = go, stop
+        self._alarms = Alarms(asyncio.get_running_loop())
+        self._outbox = Outbox(out, self._alarms)
+        self._tell = self._outbox.tell
+        self._readiness = Readiness(asyncio.get_running_loop())
+        self._connections = Connections(self._job.endpoint.url, self._job.connect_timeout)
 
-    def health(self, reads: int) -> Health:
-        """Since the first beat."""
-        seconds = (now() - self._since) / SECOND
-        late = np.array(self._late or [0]) / SECOND
-        p50, p99 = np.quantile(late, [0.5, 0.99], method="inverted_cdf")
-        busy = (_cpu_seconds() - self._cpu) / seconds
-        return Health(float(p50), float(p99), float(late.max()), busy, reads, seconds)
+    async def work(self) -> None:
+        """Warm up, be ready, then run the share, telling captures as they come; `stop` ends it early."""
+        job, schedule = self._job, Schedule.load(self._job.schedule)
+        share = Share.of(schedule, self._task.worker, job.workers)
+        payloads = {p: request_bytes(job.endpoint, schedule.requests[p]) for p in share.positions}
+        await self._connections.resolve()
+        if self._task.worker == 0 and job.warmup.requests and not self._stop.done():
+            await self._warm_up()
+        is_closed = schedule.is_immediate and job.concurrency is not None
+        del schedule
+        gc.collect()
+        gc.freeze()
+        gc.disable()
+        await self._connections.keep_ready(self._connections_at_start(share))
+        self._tell(Ready(self._task.worker))
+        either: list[asyncio.Future[Any]] = [self._go, self._stop]
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        if not self._stop.done():
+            await self._race(_plan(job, share, payloads, is_closed, self._go.result()))
+        self._alarms.close()
+        self._readiness.close()
+        self._connections.close()
 
-    def _beat(self) -> None:
-        self._late.append(now() - self._next)
-        self._next += _HEARTBEAT  # never re-anchored: each beat that a long block swallowed is late by its own share
-        self._alarms.at(self._next, self._beat)
+    async def _race(self, plan: Plan) -> None:
+        slots = Slots(self._task.slots, self._task.worker) if self._task.slots else None
+        driver = self._driver(plan, slots, self._tell)
+        self._tell(Started(self._task.worker, self._go.result()))
+        heart = Heart(self._alarms)
+        self._keep_ticking(driver, heart)
+        await self._run_until_stopped(driver)
+        health = heart.health(self._task.worker)
+        heart.stop()
+        self._outbox.drain()
+        self._tell(Offsets(heart.new_offsets()))
+        self._tell(health)
+
+    async def _warm_up(self) -> None:
+        begin, schedule = now(), self._job.warmup
+        share = Share.of(schedule, 0, 1)
+        payloads = {p: request_bytes(self._job.endpoint, r) for p, r in enumerate(schedule.requests)}
+        table = SlotTable.make(self._job.warmup_concurrency, share.tickets, 1)
+        captures: list[Capture] = []
+        plan = _plan(self._job, share, payloads, True, begin, seconds=None)
+        driver = self._driver(plan, Slots(table, 0), captures.append)
+        await self._run_until_stopped(driver)
+        table.close()
+        errors = [parse(c.received.data).error or c.error for c in captures]
+        told = [e for e in errors if e]
+        self._tell(WarmedUp((now() - begin) / SECOND, len(told), told[0] if told else None))
+
+    def _driver(self, plan: Plan, slots: Slots | None, on_end: Callable[[Capture], None]) -> Driver:
+        return Driver(plan, slots, self._alarms, self._readiness, self._connections, on_end)
+
+    def _connections_at_start(self, share: Share) -> int:
+        soon = bisect_right(share.starts, SECOND, key=lambda start: start.due)
+        cap = self._job.concurrency
+        return soon if cap is None else min(soon, -(-cap // self._job.workers))
+
+    async def _run_until_stopped(self, driver: Driver) -> None:
+        running = asyncio.ensure_future(driver.run())
+        await asyncio.wait([running, self._stop], return_when=asyncio.FIRST_COMPLETED)
+        if not running.done():
+            driver.abort()
+        await running
+
+    def _keep_ticking(self, driver: Driver, heart: Heart) -> None:
+        def tick() -> None:
+            self._tell(Offsets(heart.new_offsets()))
+            self._tell(Tick(self._task.worker, driver.in_flight))
+            self._alarms.at(now() + _TICK, tick)
+
+        tick()
 
 
-async def work(job: Job, tell: Callable[[Message], None], stop: "asyncio.Future[None]") -> None:
-    """Warm up, then run the schedule, telling captures as they come; `stop` ends it early."""
-    schedule = Schedule.load(job.schedule)
-    payloads = [request_bytes(job.endpoint, r) for r in schedule.requests]
-    alarms = Alarms(asyncio.get_running_loop())
-    connections = Connections(job.endpoint.url, job.connect_timeout)
-    await connections.resolve()
-    if job.warmup.requests and not stop.done():
-        await _warm_up(job, alarms, connections, tell, stop)
-    gc.collect()
-    gc.freeze()
-    gc.disable()
-    await connections.keep_ready(_connections_at_start(schedule, job.concurrency))
-    start = now() + _HEAD_START
-    plan = _plan(job, schedule, payloads, start)
-    reads = 0
-
-    def on_end(capture: Capture) -> None:
-        nonlocal reads
-        reads += len(capture.reads)
-        tell(capture)
-
-    driver = Driver(plan, alarms, connections, on_end)
-    tell(Started(start))
-    heart = Heart(alarms)
-    _keep_ticking(driver, alarms, tell)
-    await _run_until(driver, stop)
-    tell(heart.health(reads))
-    alarms.close()
-    connections.close()
-
-
-async def _warm_up(
-    job: Job,
-    alarms: Alarms,
-    connections: Connections,
-    tell: Callable[[Message], None],
-    stop: "asyncio.Future[None]",
-) -> None:
-    begin = now()
-    payloads = [request_bytes(job.endpoint, r) for r in job.warmup.requests]
-    plan = Plan(
-        payloads=payloads,
-        due=[begin] * len(payloads),
-        is_closed=True,
-        concurrency=job.warmup_concurrency,
-        cutoff=None,
-        drain=0,
-        request_timeout=_ns(job.request_timeout),
-        stall_timeout=_ns(job.stall_timeout),
-    )
-    captures: list[Capture] = []
-    await _run_until(Driver(plan, alarms, connections, captures.append), stop)
-    errors = [parse(c.reads).error or c.error for c in captures]
-    told = [e for e in errors if e]
-    tell(WarmedUp((now() - begin) / SECOND, len(told), told[0] if told else None))
-
-
-def _plan(job: Job, schedule: Schedule, payloads: list[bytes], start: int) -> Plan:
+def _plan(
+    job: Job, share: Share, payloads: dict[int, bytes], is_closed: bool, start: int, **changes: float | None
+) -> Plan:
+    seconds = changes.get("seconds", job.seconds)
     return Plan(
         payloads=payloads,
-        due=[start + due for due in schedule.due],
-        is_closed=schedule.is_immediate and job.concurrency is not None,
-        concurrency=job.concurrency,
-        cutoff=None if job.seconds is None else start + _ns(job.seconds),
+        starts=[s._replace(due=start + s.due) for s in share.starts],
+        following=share.following,
+        is_closed=is_closed,
+        cutoff=None if seconds is None else start + _ns(seconds),
         drain=_ns(job.drain),
         request_timeout=_ns(job.request_timeout),
         stall_timeout=_ns(job.stall_timeout),
     )
 
 
-def _connections_at_start(schedule: Schedule, concurrency: int | None) -> int:
-    return min(bisect_right(schedule.due, SECOND), concurrency or len(schedule.due))
-
-
-async def _run_until(driver: Driver, stop: "asyncio.Future[None]") -> None:
-    running = asyncio.ensure_future(driver.run())
-    await asyncio.wait([running, stop], return_when=asyncio.FIRST_COMPLETED)
-    if not running.done():
-        driver.abort()
-    await running
-
-
-def _keep_ticking(driver: Driver, alarms: Alarms, tell: Callable[[Message], None]) -> None:
-    def tick() -> None:
-        tell(Tick(driver.in_flight))
-        alarms.at(now() + _TICK, tick)
-
-    tick()
-
-
 def _ns(seconds: float) -> int:
     return round(seconds * SECOND)
 
 
-def _cpu_seconds() -> float:
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    return usage.ru_utime + usage.ru_stime
+class _FromHarness(asyncio.Protocol):
+    """Resolves `go` with the start that the harness tells, and `stop` when it closes the pipe."""
 
+    def __init__(self, go: "asyncio.Future[int]", stop: "asyncio.Future[None]") -> None:
+        self._go, self._stop = go, stop
+        self._unframer = messages.Unframer()
 
-class _Outbox:
-    """Messages to the parent, written when the pipe takes them, so that the loop never blocks."""
-
-    def __init__(self, transport: asyncio.WriteTransport) -> None:
-        self._transport = transport
-
-    def tell(self, message: Message) -> None:
-        self._transport.write(messages.encode(message))
-
-
-class _Closing(asyncio.Protocol):
-    """Resolves a future when the pipe it reads from, or writes to, is closed."""
-
-    def __init__(self, closed: "asyncio.Future[None]") -> None:
-        self._closed = closed
+    def data_received(self, data: bytes) -> None:
+        for message in self._unframer.feed(data):
+            if isinstance(message, Go) and not self._go.done():
+                self._go.set_result(message.start)
 
     def eof_received(self) -> None:
         self.connection_lost(None)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if not self._stop.done():
+            self._stop.set_result(None)
+
+
+class _Flushed(asyncio.Protocol):
+    """Resolves a future when the pipe it writes to is closed."""
+
+    def __init__(self, closed: "asyncio.Future[None]") -> None:
+        self._closed = closed
 
     def connection_lost(self, exc: Exception | None) -> None:
         if not self._closed.done():
             self._closed.set_result(None)
 
 
-async def _serve_parent(job: Job, out: IO[bytes]) -> None:
+async def _serve_harness(task: WorkerJob, out: IO[bytes]) -> None:
     loop = asyncio.get_running_loop()
-    stop, flushed, broken = loop.create_future(), loop.create_future(), loop.create_future()
+    go, stop, flushed, broken = (loop.create_future() for _ in range(4))
     loop.set_exception_handler(lambda _, context: _break(broken, context))
-    await loop.connect_read_pipe(lambda: _Closing(stop), sys.stdin)
-    transport, _ = await loop.connect_write_pipe(lambda: _Closing(flushed), out)
-    working = asyncio.ensure_future(work(job, _Outbox(transport).tell, stop))
+    await loop.connect_read_pipe(lambda: _FromHarness(go, stop), sys.stdin)
+    transport, _ = await loop.connect_write_pipe(lambda: _Flushed(flushed), out)
+    working = asyncio.ensure_future(Worker(task, transport, go, stop).work())
     await asyncio.wait([working, broken], return_when=asyncio.FIRST_COMPLETED)
     if broken.done():
         broken.result()
@@ -204,11 +195,11 @@ def main() -> None:
     host.raise_open_files()
     out = os.fdopen(os.dup(sys.stdout.fileno()), "wb", buffering=0)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # nothing else may write between the messages
-    job: Job = messages.read(sys.stdin.buffer)  # nothing follows it, so nothing is lost in the buffer
-    host.pin(job.cores)
+    task: WorkerJob = messages.read(sys.stdin.buffer)  # nothing follows it before Ready, so nothing is lost here
+    host.pin((task.job.cores[task.worker % len(task.job.cores)],))
     import uvloop
 
-    uvloop.run(_serve_parent(job, out))
+    uvloop.run(_serve_harness(task, out))
 
 
 if __name__ == "__main__":

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 
 from stackrace.harness.report.asked import Leaves, common_mean, compares_models, fixed, plain
 from stackrace.harness.report.numbers import exact
+from stackrace.harness.settling import NONE
 from stackrace.harness.store import StoredRun
-from stackrace.harness.summary import Summary, metrics, parse_slo, summarize
+from stackrace.harness.summary import Summary, metrics, parse_slo, steadiness, summarize
 from stackrace.harness.validity import judge
 
 UNKNOWN = "unknown"
@@ -64,6 +65,8 @@ class Point:
     status: str
     verdict: str  # valid, suspect, invalid or unknown
     reasons: tuple[str, ...]  # why it is not valid, or did not end well
+    sustainable: bool | None  # None: too short to tell, or a closed loop
+    settled: str  # the rule that the steady window begins by
     summary: Summary
     slo: Mapping[str, float]  # metric -> limit in seconds
     requests: int
@@ -115,6 +118,8 @@ def _point(run: StoredRun) -> Point:
         status=run.status,
         verdict=str(validity.get("verdict") or UNKNOWN),
         reasons=_reasons(run, validity),
+        sustainable=validity.get("sustainable"),
+        settled=steadiness(run.records)["rule"] if summary else NONE,
         summary=summary,
         slo={name: limit for name, limit in parse_slo(slo).items() if limit is not None},
         requests=len(run.records),

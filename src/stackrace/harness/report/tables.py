@@ -1,22 +1,23 @@
 """Tables of points: the columns of the page, and the text that the command line prints after a sweep."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from stackrace.harness.report.numbers import digits, exact
+from stackrace.harness.report.numbers import NONE, digits, exact
 from stackrace.harness.report.points import Point, by_setting, from_runs
+from stackrace.harness.settling import NEVER
 from stackrace.harness.store import StoredRun
 from stackrace.harness.summary import metrics
 
 STATISTICS = {
-    "ttft": ("p50", "p90", "p99"),
-    "tpot": ("p50", "p90", "p99"),
-    "e2e": ("p50", "p90", "p99"),
+    "ttft": ("p50", "p90", "p99", "steady_p50", "steady_p99"),
+    "tpot": ("p50", "p90", "p99", "steady_p50", "steady_p99"),
+    "e2e": ("p50", "p90", "p99", "steady_p50", "steady_p99"),
     "interactivity": ("p50", "p10"),
     "output_throughput": ("whole", "steady"),
     "request_throughput": ("whole",),
@@ -84,6 +85,29 @@ def text_table(runs: Iterable[StoredRun]) -> Table:
     return table
 
 
+def found_table(results: Iterable[Mapping[str, Any]]) -> Table:
+    """What searches found, one row each; below, why one ended that did not end by itself."""
+    table = Table(box=box.SIMPLE_HEAD, header_style="bold", padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    table.caption_justify = "left"
+    for header in ("stack", "highest", "answer", "shown\nto pass", "shown\nto fail", "points", "seconds"):
+        table.add_column(header, justify="left" if header in ("stack", "highest") else "right")
+    held = list(results)
+    for result in held:
+        low, high = (exact(result["answer"][side]) for side in ("low", "high"))
+        unit = {"arrival.rate": "req/s", "concurrency": "in flight"}[result["over"]]
+        counts = [str(len(result["log"])), f"{result['seconds']:.0f}"]
+        table.add_row(*map(Text, [result["stack"], unit, _answer(result), low, high, *counts]))
+    table.caption = Text("\n").join(Text(f"{r['stack']}: {r['ended']}") for r in held)
+    return table
+
+
+def _answer(result: Mapping[str, Any]) -> str:
+    estimate, low, high = (result["answer"][name] for name in ("estimate", "low", "high"))
+    if estimate is None:
+        return NONE if high is None else f"< {exact(high)}"
+    return exact(estimate) if high is not None else f"≥ {exact(low or estimate)}"
+
+
 def _load_unit(points: Sequence[Point]) -> str:
     kinds = {p.condition.load.closed for p in points}
     return "in\nflight" if kinds == {True} else "req/s" if kinds == {False} else "req/s or\nin flight"
@@ -97,7 +121,7 @@ def _cells(point: Point, repeated: bool) -> list[Text]:
 
 
 def _reasons(points: Sequence[Point]) -> Text | None:
-    """Why points are not valid or did not end well, each reason once."""
+    """Why points are not valid or did not end well, each reason once; and which never settled."""
     where: dict[tuple[str, str], list[str]] = defaultdict(list)
     for point in points:
         if point.reasons:
@@ -106,6 +130,8 @@ def _reasons(points: Sequence[Point]) -> Text | None:
         Text.assemble((word, _style(word)), f" {', '.join(dict.fromkeys(places))}: {reason}")
         for (word, reason), places in where.items()
     ]
+    if unsettled := [f"{p.stack} at {p.condition.load.label}" for p in points if p.settled == NEVER]:
+        lines.append(Text(f"no steady window (the load never settled): {', '.join(dict.fromkeys(unsettled))}"))
     return Text("\n").join(lines) if lines else None
 
 

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stackrace.harness.load.client import _EndOfResponse
+from stackrace.harness.load.framing import EndOfResponse
 from stackrace.harness.load.request import request_bytes
-from stackrace.harness.load.response import Read, parse
+from stackrace.harness.load.response import parse
 from stackrace.harness.types import Endpoint, Request, Sampling
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream; charset=utf-8\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -24,12 +24,19 @@ def event(**fields):
     return b"data: " + json.dumps(fields).encode() + b"\n\n"
 
 
-def reads(*parts):
-    return [Read(stamp, [], data) for stamp, data in enumerate(parts)]
-
-
 def usage(n_out, n_in=3):
     return {"prompt_tokens": n_in, "completion_tokens": n_out}
+
+
+def ends_of(pieces):
+    """Whether the response seemed to end with each of the pieces."""
+    read = []
+    ends = EndOfResponse(read)
+    found = []
+    for piece in pieces:
+        read.append(piece)
+        found.append(ends.is_here())
+    return found, ends
 
 
 DONE = b"data: [DONE]\n\n"
@@ -69,12 +76,12 @@ def test_a_request_with_messages_is_asked_as_a_chat():
     assert json.loads(chat) == fields | {"messages": spoken}
 
 
-def test_a_chunk_has_the_time_of_the_read_that_completed_it():
+def test_a_chunk_is_of_the_read_that_completed_it():
     first, second = event(choices=[{"token_ids": [1]}]), event(choices=[{"token_ids": [2, 3]}])
     whole = HEAD + chunked(first, second, DONE)
     at = whole.index(b'"token_ids": [2')
-    answer = parse(reads(whole[:at], whole[at : at + 3], whole[at + 3 :]))
-    assert (answer.chunk_times, answer.chunk_tokens, answer.output_ids) == ([0, 2], [1, 2], [1, 2, 3])
+    answer = parse([whole[:at], whole[at : at + 3], whole[at + 3 :]])
+    assert (answer.chunk_reads, answer.chunk_tokens, answer.output_ids) == ([0, 2], [1, 2], [1, 2, 3])
     assert answer.done
     assert answer.complete
     assert answer.error is None
@@ -88,7 +95,7 @@ def test_running_usage_counts_tokens_and_an_empty_text_still_brings_one():
         event(choices=[], usage=usage(3)),
         DONE,
     )
-    answer = parse(reads(HEAD, body))
+    answer = parse([HEAD, body])
     assert answer.chunk_tokens == [1, 2]
     assert answer.token_source == "usage"
     assert (answer.prompt_tokens, answer.output_tokens) == (3, 3)
@@ -101,14 +108,14 @@ def test_a_role_only_event_brings_no_token():
         event(choices=[], usage=usage(1)),
         DONE,
     )
-    answer = parse(reads(HEAD, *(bytes([b]) for b in body)))
+    answer = parse([HEAD, *(bytes([b]) for b in body)])
     assert answer.chunk_tokens == [1]
     assert answer.token_source == "text"
 
 
 def test_cached_tokens_are_kept():
     last = event(choices=[], usage={**usage(1), "prompt_tokens_details": {"cached_tokens": 2}})
-    assert parse(reads(HEAD, chunked(event(choices=[{"text": "a"}]), last, DONE))).cached_tokens == 2
+    assert parse([HEAD, chunked(event(choices=[{"text": "a"}]), last, DONE)]).cached_tokens == 2
 
 
 @pytest.mark.parametrize(
@@ -129,12 +136,12 @@ def test_cached_tokens_are_kept():
     ],
 )
 def test_what_is_wrong_is_said(raw, words):
-    assert words in parse(reads(raw)).error
+    assert words in parse([raw]).error
 
 
 def test_a_bad_event_costs_no_later_one():
     body = chunked(b"data: {bad\n\n", event(choices=[{"token_ids": [4]}]), DONE)
-    answer = parse(reads(HEAD, body))
+    answer = parse([HEAD, body])
     assert answer.output_ids == [4]
     assert "bad event" in answer.error
 
@@ -161,14 +168,13 @@ def test_wherever_the_reads_are_cut_the_same_tokens_come(tokens, cuts, newline, 
     raw = a_response(tokens, newline, chunks)
     at = sorted({0, len(raw), *(c for c in cuts if c < len(raw))})
     pieces = [raw[a:b] for a, b in itertools.pairwise(at)]
-    answer = parse(reads(*pieces))
+    answer = parse([*pieces])
     assert answer.error is None
     assert answer.chunk_tokens == tokens
     assert answer.output_tokens == sum(tokens)
     assert answer.complete
     assert answer.done
-    ends = _EndOfResponse()
-    assert [ends.seen(p) for p in pieces] == [False] * (len(pieces) - 1) + [True]
+    assert ends_of(pieces)[0] == [False] * (len(pieces) - 1) + [True]
 
 
 @pytest.mark.parametrize(
@@ -183,16 +189,15 @@ def test_wherever_the_reads_are_cut_the_same_tokens_come(tokens, cuts, newline, 
 )
 @pytest.mark.parametrize("size", [1, 3, 1000])
 def test_the_end_of_a_response_is_seen_without_parsing_it(raw, alive, size):
-    ends = _EndOfResponse()
     pieces = [raw[i : i + size] for i in range(0, len(raw), size)]
-    assert [ends.seen(p) for p in pieces] == [False] * (len(pieces) - 1) + [True]
+    found, ends = ends_of(pieces)
+    assert found == [False] * (len(pieces) - 1) + [True]
     assert ends.keeps_alive == alive
 
 
 @given(st.binary(max_size=400), st.lists(st.integers(0, 400), max_size=5))
 def test_no_bytes_make_the_parser_raise(raw, cuts):
     at = sorted({0, len(raw), *(c for c in cuts if c < len(raw))})
-    parse(reads(*(HEAD, *(raw[a:b] for a, b in itertools.pairwise(at)))))
-    parse(reads(raw))
-    ends = _EndOfResponse()
-    ends.seen(raw)
+    parse([*(HEAD, *(raw[a:b] for a, b in itertools.pairwise(at)))])
+    parse([raw])
+    ends_of([raw])
