@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from stackrace.harness.errors import UsageError
-from stackrace.workloads.arrivals import Constant, Gamma, Immediate, Poisson
+from stackrace.workloads.arrivals import Bursts, Constant, Gamma, Immediate, Poisson
 
 N = 100_000
 
@@ -81,3 +81,29 @@ def test_bad_rate_is_named(kind, rate):
 def test_bad_cv_is_named():
     with pytest.raises(UsageError, match=r"arrival\.cv=0"):
         Gamma(rate=1.0, cv=0)
+
+
+def bursts(**changes):
+    return Bursts(**{"rate": 7.0, "busy": 1.5, "quiet": 4.5, **changes})
+
+
+def test_bursts_are_silent_in_the_quiet_and_keep_the_mean_rate():
+    times = np.array(list(islice(bursts()(np.random.default_rng(0)), N)))
+    assert (np.diff(times) >= 0).all()
+    assert (times % 6.0 < 1.5 + 1e-6).all()
+    assert abs(N / times[-1] - 7.0) < 5 * 7.0 / np.sqrt(N)
+    # 7 a second over 6 s are 42 in each busy time, and they vary as a Poisson count
+    counts = np.bincount((times // 6.0).astype(int))[:-1]
+    assert abs(counts.mean() - 42) < 5 * np.sqrt(42 / len(counts))
+    assert counts.var() == pytest.approx(42, rel=5 * np.sqrt(2 / len(counts)))
+
+
+def test_bursts_without_quiet_are_poisson():
+    gaps = gaps_of(bursts(quiet=0))
+    assert (gaps == gaps_of(Poisson(rate=7.0))).all()
+
+
+def test_bad_bursts_are_named():
+    for name, value in (("rate", 0), ("busy", 0), ("quiet", -1), ("quiet", float("inf"))):
+        with pytest.raises(UsageError, match=rf"arrival\.{name}={value}"):
+            bursts(**{name: value})

@@ -15,6 +15,16 @@ CONF = Path(__file__).parents[1] / "src" / "stackrace" / "conf"
 EXPERIMENTS = sorted(p.stem for p in (CONF / "experiment").glob("*.yaml"))
 GROUPS = ("workload", "lengths", "arrival", "slo", "hardware")
 OPTIONS = [(g, p.stem) for g in GROUPS for p in sorted((CONF / g).glob("*.yaml"))]
+DATA = Path(__file__).parent / "data"
+NEEDS = {  # what an option cannot do without
+    "immediate": ["concurrency=2"],
+    "h200": ["hardware.load_generator_cores=1"],
+    "recorded": ["workload=mooncake", f"workload.path={DATA / 'mooncake.jsonl'}"],
+    "mooncake": ["arrival=recorded", f"workload.path={DATA / 'mooncake.jsonl'}"],
+    "azure": ["arrival=recorded", f"workload.path={DATA / 'azure_2023.csv'}"],
+    "burstgpt": ["arrival=recorded", f"workload.path={DATA / 'burstgpt_sessions.csv'}"],
+    "sharegpt": [f"workload.path={DATA / 'sharegpt.json'}"],
+}
 
 
 @pytest.fixture(scope="module")
@@ -51,9 +61,22 @@ def test_every_experiment_plans(compose, models, experiment):
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS, ids="=".join)
 def test_every_option_plans(compose, models, group, option):
-    overrides = ["concurrency=2"] if option == "immediate" else []
-    overrides += ["hardware.load_generator_cores=1"] if option == "h200" else []
-    assert plan(compose(f"{group}={option}", models, *overrides)).due
+    assert plan(compose(f"{group}={option}", models, *NEEDS.get(option, []))).due
+
+
+def test_what_ends_by_itself_needs_no_other_end(compose, models):
+    for arrival in ("recorded", "poisson", "immediate"):
+        overrides = ["workload=mooncake", f"workload.path={DATA / 'mooncake.jsonl'}", f"arrival={arrival}"]
+        assert len(plan(compose("backend=mock", models, "stop.requests=null", *overrides)).due) == 5
+
+
+def test_the_warm_up_of_a_trace_asks_other_tokens_at_once(compose, models):
+    point = plan(compose("backend=mock", models, *NEEDS["mooncake"], "workload=mooncake", "warmup.requests=5"))
+    warm, race = point.warmup(), point.schedule()
+    assert warm.is_immediate
+    assert [len(r.prompt) for r in warm.requests] == [len(r.prompt) for r in race.requests]
+    assert not {r.prompt[:8] for r in warm.requests} & {r.prompt[:8] for r in race.requests}
+    assert point.repeated_tokens == race.repeated_tokens == 2436
 
 
 def test_the_engine_backends_plan(compose, models):
@@ -92,6 +115,10 @@ def test_the_key_changes_with_whatever_changes_the_result(compose, models, tmp_p
     for change in (*same, "hardware.roofs.bf16_flops=1e12"):
         assert key_of(compose, models, change) == base, change
     assert key_of(compose, f"models={tmp_path / 'elsewhere'}") == base
+    copy = tmp_path / "copy.jsonl"
+    copy.write_bytes((DATA / "mooncake.jsonl").read_bytes())
+    here, there = (["workload=mooncake", f"workload.path={path}"] for path in (DATA / "mooncake.jsonl", copy))
+    assert key_of(compose, models, *here) == key_of(compose, models, *there) != base
 
 
 def test_the_key_changes_with_the_engines_code_and_weights(compose, models, monkeypatch, tmp_path):
@@ -126,6 +153,10 @@ def test_the_source_hash_sees_content_names_and_new_files(tmp_path):
         (["concurrency=0"], "concurrency=0: must be"),
         (["stop.requests=0"], "stop.requests=0: must be"),
         (["stop.requests=null"], "stop.requests=null"),
+        (["arrival=recorded"], "arrival=recorded: this workload has no times of its own"),
+        (["workload=azure"], "workload.path is not set: give workload.path=VALUE"),
+        (["workload=azure", "workload.path=nowhere.csv"], "workload.path=nowhere.csv: No such file"),
+        ([*NEEDS["mooncake"], "workload=mooncake", "model.max_model_len=1000"], "1500 prompt + 7 output tokens exceed"),
         (["arrival=immediate", "stop.requests=null", "stop.seconds=5"], "has no end"),
         (["slo.ttft_ms=x"], "slo.ttft_ms='x': must be"),
         (["workload.shared_prefix=1.5"], "workload.shared_prefix=1.5: must be"),

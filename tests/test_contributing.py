@@ -29,12 +29,13 @@ def test_the_page_has_the_examples_that_it_lists(folder):
 
 @pytest.mark.parametrize(
     "arguments",
-    [["backend=countdown", "arrival.rate=20"], ["backend=mock", "workload=two_kinds", "arrival=bursts"]],
+    [["backend=countdown", "arrival.rate=20"], ["backend=mock", "workload=two_kinds", "arrival=ramp"]],
     ids=["stack", "workload and arrival"],
 )
 def test_the_examples_run(folder, stackrace, arguments):
     quick = ["warmup.requests=1", "stop.requests=10"]
-    done = stackrace("bench", "--config-dir", "conf", *arguments, *quick, env={**os.environ, "PYTHONPATH": "."})
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([".", *filter(None, [os.environ.get("PYTHONPATH")])])}
+    done = stackrace("bench", "--config-dir", "conf", *arguments, *quick, env=env)
     assert done.returncode == 0, done.stderr
     runs = [store.read_run(f) for f in store.find_runs(folder / "results")]
     assert [r.status for r in runs] == ["ok"]

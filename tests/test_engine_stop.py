@@ -13,7 +13,7 @@ from stackrace.backends.mla.engine import TokenEvent
 from stackrace.backends.mla.sequence import Sequence
 from stackrace.backends.mla.server.answer import CompletionAnswer
 from stackrace.backends.mla.server.protocol import CompletionAsk
-from stackrace.backends.mla.server.tokenizer import TextTokenizer
+from stackrace.harness.tokenizer import TextTokenizer
 
 CHAT = "/v1/chat/completions"
 TOKENS = prompt(9)

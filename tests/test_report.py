@@ -38,7 +38,7 @@ def write(tmp_path):
         config = {
             "backend": {"name": stack},
             "model": {"name": more.get("model", "tiny")},
-            "workload": {"name": "synthetic"},
+            "workload": {"name": more.get("workload", "synthetic")},
             "lengths": more.get("lengths", {"input": {"tokens": context}, "output": {"tokens": OUTPUT}}),
             "arrival": {"name": "poisson", "rate": rate},
             "slo": {"ttft_ms": 500, "tpot_ms": None},
@@ -48,7 +48,7 @@ def write(tmp_path):
         point = {
             "stack": stack,
             "model": more.get("model", "tiny"),
-            "workload": "synthetic",
+            "workload": more.get("workload", "synthetic"),
             "arrival": "poisson" if rate else "immediate",
             "rate": rate,
             "concurrency": concurrency,
@@ -285,6 +285,13 @@ def test_draws_of_one_distribution_of_lengths_share_a_condition(write, points):
     write("b", context=130, lengths=lengths)
     assert {p.condition.context for p in points()} == {128.0}
     assert len(by_setting(points())) == 1
+
+
+def test_lengths_that_a_workload_has_of_its_own_are_not_mixed_with_others(write, points):
+    lengths = {"input": {"tokens": 512}, "output": {"tokens": OUTPUT}}
+    write("a", context=512, lengths=lengths)
+    write("a", context=358 + 2 / 3, lengths=lengths, workload="azure")
+    assert {p.condition.context for p in points()} == {512.0, 359.0}
 
 
 def test_versions_of_one_stack_are_told_apart(write, points):

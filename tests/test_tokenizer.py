@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer
 
-from stackrace.backends.mla.server.tokenizer import Detokenizer, StopFinder, TextTokenizer
+from stackrace.backends.mla.server.tokenizer import Detokenizer, StopFinder
+from stackrace.harness.tokenizer import TextTokenizer
 
 WORDS = ["a", "b", " ", "ab", "é", "日", "日本", "🙂", "\n", "the", " the", ".", "…"]
 SPECIAL = ["<s>", "</s>", "<unk>"]

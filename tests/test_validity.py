@@ -46,10 +46,10 @@ def row(i, due, sent=None, first=0.05, service=0.2, tokens=5, slot=None, **chang
     return {**fields, **changes}
 
 
-def verdict(rows, health=HEALTHY, cores=APART, shared_prefix=0.0):
+def verdict(rows, health=HEALTHY, cores=APART, shared_prefix=0.0, **schedule):
     frame = table.frame(rows)
     config = {"validity": BENCH["validity"], "workload": {"shared_prefix": shared_prefix}}
-    meta = {"load_generator": health, "provenance": {"cores": cores}}
+    meta = {"load_generator": health, "provenance": {"cores": cores}, "schedule": schedule}
     found = judge(frame, summarize(frame, {}), config, meta)
     return found.verdict, " ".join(found.reasons)
 
@@ -115,7 +115,17 @@ def test_counts_that_were_never_told_are_no_fault():
 def test_unasked_prefix_cache_hits():
     rows = [{**r, "cached_tokens": 5} for r in healthy()]
     assert verdict(rows)[0] == "invalid"
-    assert verdict(rows, shared_prefix=0.5)[0] == "valid"
+    assert verdict(rows, shared_prefix=0.5)[0] == "valid"  # of a run that did not count what it repeats
+    assert verdict(rows, shared_prefix=0.5, repeated_tokens=0)[0] == "invalid"
+
+
+def test_what_the_schedule_repeats_may_be_cached():
+    rows = [{**r, "cached_tokens": 5} for r in healthy()]  # 200 x 5 of 200 x 10
+    assert verdict(rows, repeated_tokens=1000) == ("valid", "")
+    assert verdict(rows, repeated_tokens=999)[0] == "suspect"
+    found, reasons = verdict(rows, repeated_tokens=799)
+    assert found == "invalid"  # 201 of 2000 are above 10 %
+    assert "10.1% of the prompt tokens came from a prefix cache, unasked" in reasons
 
 
 def test_text_counts_and_a_shared_core_are_said():

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -61,6 +62,18 @@ def test_request_has_everything_that_decides_the_answer():
         "stream_options": {"include_usage": True, "continuous_usage_stats": True},
         "min_p": 0.1,
     }
+
+
+def test_a_request_with_messages_is_asked_as_a_chat():
+    messages = (("system", "be brief"), ("user", "é"))
+    plain = Request(7, (5, 6, 7), 9, Sampling(0.5, 0.9, 20, 42))
+    asked = [request_bytes(Endpoint("http://h", "m"), r) for r in (plain, replace(plain, messages=messages))]
+    (_, completion), (head, chat) = (bytes.split(b"\r\n\r\n") for bytes in asked)
+    assert head.startswith(b"POST /v1/chat/completions HTTP/1.1\r\n")
+    fields = json.loads(completion)
+    del fields["prompt"]
+    spoken = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "é"}]
+    assert json.loads(chat) == fields | {"messages": spoken}
 
 
 def test_a_chunk_is_of_the_read_that_completed_it():

@@ -23,6 +23,7 @@ from stackrace.harness.types import Workload
 from stackrace.workloads.arrivals import Immediate
 
 _PATHS = ("models", "results", "sweep")
+_SOURCES = ("path", "tokenizer")  # of a workload: what they hold is in the schedule
 _WARMUP_SEED = 1 << 32  # added to the seed: other prompts, as repeatable
 
 
@@ -40,6 +41,7 @@ class Point:
     due: tuple[int, ...]  # nanoseconds after the start
     input_tokens: float  # mean of a request
     output_tokens: float
+    repeated_tokens: int  # of all prompts together: what a perfect prefix cache would serve
     key: str
     launch: int  # points of one engine and one of these share a launch
 
@@ -114,6 +116,7 @@ def plan(cfg: DictConfig) -> Point:
         due=race.due,
         input_tokens=sum(len(r.prompt) for r in race.requests) / n,
         output_tokens=sum(r.output_tokens for r in race.requests) / n,
+        repeated_tokens=race.repeated_tokens,
         key=_key(config, fingerprint, weights, race.hash, cores),
         launch=config["repeat"],
     )
@@ -162,15 +165,22 @@ def _check_numbers(config: Mapping[str, Any]) -> None:
 
 
 def _draw(config: Mapping[str, Any]) -> Schedule:
-    arrival, stop = _build(config["arrival"], "name"), config["stop"]
-    if stop["requests"] is None and (stop["seconds"] is None or isinstance(arrival, Immediate)):
+    arrival, workload, stop = _build(config["arrival"], "name"), _workload(config), config["stop"]
+    is_endless = not getattr(workload, "is_finite", False)
+    if is_endless and stop["requests"] is None and (stop["seconds"] is None or isinstance(arrival, Immediate)):
         raise UsageError("stop.requests=null: without it a closed loop, or a run without stop.seconds, has no end")
-    return schedule.draw(_workload(config), arrival, config["seed"], stop["requests"], stop["seconds"])
+    return schedule.draw(workload, arrival, config["seed"], stop["requests"], stop["seconds"])
 
 
 def _workload(config: Mapping[str, Any]) -> Workload:
-    built: Workload = _build(config["workload"], "name")
+    built: Workload = _build(_without(config["workload"], ("name",)))
     return built
+
+
+def _without(node: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    """A mapping less the keys of these names, at any depth: a workload may hold another."""
+    kept = {key: value for key, value in node.items() if key not in names}
+    return {key: _without(value, names) if isinstance(value, Mapping) else value for key, value in kept.items()}
 
 
 def _cores(config: Mapping[str, Any]) -> host.Cores:
@@ -215,7 +225,8 @@ def _check_lengths(race: Schedule, backend: Backend) -> None:
     if limit is not None and len(longest.prompt) + longest.output_tokens > limit:
         raise UsageError(
             f"lengths: {len(longest.prompt)} prompt + {longest.output_tokens} output tokens exceed "
-            f"model.max_model_len={limit}: shorten lengths or raise the limit"
+            f"model.max_model_len={limit}: shorten lengths or raise the limit, "
+            "or set workload.max_tokens, where there is one"
         )
 
 
@@ -224,6 +235,7 @@ def _key(
 ) -> str:
     """12 hex digits that change whenever the result could: by settings, stack, weights, schedule or processor."""
     settings = {k: v for k, v in config.items() if k not in (*_PATHS, "backend")}
+    settings["workload"] = _without(config["workload"], _SOURCES)
     settings["model"] = {k: v for k, v in config["model"].items() if k != "checkpoint"}
     settings["hardware"] = {k: v for k, v in config["hardware"].items() if k != "roofs"}
     identity = [settings, fingerprint, weights, schedule_hash, host.cpu_model(), *map(len, cores)]

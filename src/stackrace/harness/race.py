@@ -252,6 +252,10 @@ def _meta(point: Point) -> dict[str, Any]:
     return {
         "key": point.key,
         "point": point.labels(),
-        "schedule": {"hash": point.schedule_hash, "requests": len(point.due)},
+        "schedule": {
+            "hash": point.schedule_hash,
+            "requests": len(point.due),
+            "repeated_tokens": point.repeated_tokens,
+        },
         "provenance": provenance(point),
     }

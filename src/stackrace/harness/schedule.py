@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice, takewhile
+from itertools import islice, pairwise, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from stackrace.harness.clock import SECOND
 from stackrace.harness.errors import UsageError
 from stackrace.harness.types import Arrival, Request, Sampling, Workload
+from stackrace.workloads.arrivals import Recorded
 
 _SCHEMA = pa.schema(
     [
@@ -58,6 +59,16 @@ class Schedule:
             digest.update(np.array(r.prompt, dtype="<i4").tobytes())
         return digest.hexdigest()
 
+    @cached_property
+    def repeated_tokens(self) -> int:
+        """Prompt tokens that continue a prefix which an earlier prompt has, too: what a perfect prefix cache saves.
+
+        Each distinct prefix is new once, whichever prompt comes first, so neither does their order matter, nor is
+        more to be compared than neighbours in sorted order.
+        """
+        prompts = sorted(np.array(r.prompt, dtype=">u4").tobytes() for r in self.requests)
+        return sum(_common_prefix(a, b) for a, b in pairwise(prompts))
+
     def save(self, path: Path) -> None:
         """Write as parquet."""
         rows = zip(self.requests, self.due, strict=True)
@@ -76,13 +87,11 @@ def draw(
 ) -> Schedule:
     """Freeze a schedule: at most `max_requests`, none due at or after `max_seconds`.
 
-    Prompts and arrivals come from streams of their own, so that another rate asks the same prompts.
+    Prompts and arrivals come from streams of their own, so that another rate asks the same prompts. Sessions arrive,
+    not requests: all turns of one are due with its first. `max_requests` may end the last session early.
     """
     prompts, times = (np.random.default_rng(s) for s in np.random.SeedSequence(seed).spawn(2))
-    pairs: Iterator[tuple[Request, int]] = (
-        (request, round((request.due if request.due is not None else offset) * SECOND))
-        for request, offset in zip(workload.requests(prompts), arrival(times), strict=False)
-    )
+    pairs = _timed(workload.requests(prompts), None if isinstance(arrival, Recorded) else arrival(times))
     if max_seconds is not None:
         end = max_seconds * SECOND
         pairs = takewhile(lambda pair: pair[1] < end, pairs)
@@ -90,6 +99,35 @@ def draw(
     if not kept:
         raise UsageError(f"no request is due within stop.seconds={max_seconds}: raise it or the rate")
     return Schedule(tuple(r for r, _ in kept), tuple(due for _, due in kept))
+
+
+def _timed(requests: Iterator[Request], times: Iterator[float] | None) -> Iterator[tuple[Request, int]]:
+    """Each request with its due time in nanoseconds: by `times`, or else by its own."""
+    began: dict[int, int] = {}  # sessions, and when they are due
+    for request in requests:
+        if request.session in began:
+            yield request, began[request.session]
+            continue
+        offset = _own_time(request) if times is None else next(times, None)
+        if offset is None:
+            return
+        due = round(offset * SECOND)
+        if request.session is not None:
+            began[request.session] = due
+        yield request, due
+
+
+def _own_time(request: Request) -> float:
+    if request.due is None:
+        raise UsageError("arrival=recorded: this workload has no times of its own: choose another, as arrival=poisson")
+    return request.due
+
+
+def _common_prefix(a: bytes, b: bytes) -> int:
+    """Tokens of four bytes that both begin with."""
+    count = min(len(a), len(b)) // 4
+    differs = np.frombuffer(a, ">u4", count) != np.frombuffer(b, ">u4", count)
+    return int(differs.argmax()) if differs.any() else count
 
 
 def _row(request: Request, due: int) -> dict[str, object]:

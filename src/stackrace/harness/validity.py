@@ -83,7 +83,7 @@ def _findings(
     yield Finding("cpu_share", _worst(meta, "cpu_share"), "the client used {:.0%} of its core")
     yield Finding("error_share", _share(run.failed, ~run.censored), "{:.1%} of the requests failed")
     yield Finding("wrong_lengths", _share(_has_wrong_length(run), run.ok), "{:.1%} of the answers have wrong lengths")
-    beyond = _cached_beyond(run, config["workload"].get("shared_prefix", 0.0))
+    beyond = _cached_beyond(run, _repeated_tokens(run, config, meta))
     yield Finding("cached_share", beyond, "{:.1%} of the prompt tokens came from a prefix cache, unasked")
     rose = grown.end if grown is not None and grown.is_rising else None
     yield Finding("queue_growth", rose, "unsustainable: the queue kept growing, {:.1f} times as long at the end")
@@ -118,11 +118,19 @@ def _has_wrong_length(run: Observed) -> Mask:
     return wrong
 
 
-def _cached_beyond(run: Observed, shared_prefix: float) -> float | None:
-    """Share of prompt tokens that a prefix cache served beyond what the workload shares."""
+def _repeated_tokens(run: Observed, config: Mapping[str, Any], meta: Mapping[str, Any]) -> float:
+    """Prompt tokens that the schedule repeats on purpose; for a run that did not count them, what its setting says."""
+    counted = meta.get("schedule", {}).get("repeated_tokens")
+    if counted is not None:
+        return float(counted)
+    has_told = np.isfinite(run.count("cached_tokens"))
+    return float(config["workload"].get("shared_prefix", 0.0) * run.count("asked_prompt_tokens")[has_told].sum())
+
+
+def _cached_beyond(run: Observed, repeated: float) -> float | None:
+    """Share of prompt tokens that a prefix cache served beyond the `repeated` ones."""
     cached = run.count("cached_tokens")
-    asked = run.count("asked_prompt_tokens")
     told = np.isfinite(cached)
     if not told.any():
         return None
-    return float((cached[told].sum() - shared_prefix * asked[told].sum()) / asked[told].sum())
+    return float((cached[told].sum() - repeated) / run.count("asked_prompt_tokens")[told].sum())

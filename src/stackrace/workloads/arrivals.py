@@ -72,3 +72,35 @@ class Gamma:
         while True:
             due += rng.gamma(shape, 1 / (self.rate * shape))
             yield due
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bursts:
+    """Poisson for `busy` seconds, silence for `quiet`, in turns; the mean rate over both is `rate`."""
+
+    rate: float
+    busy: float
+    quiet: float
+
+    def __post_init__(self) -> None:
+        _positive_rate(self.rate)
+        seconds = "a number of seconds"
+        require("arrival.busy", self.busy, (int, float), lambda v: 0 < v < inf, f"{seconds} above 0")
+        require("arrival.quiet", self.quiet, (int, float), lambda v: 0 <= v < inf, f"{seconds}, 0 or more")
+
+    def __call__(self, rng: np.random.Generator) -> Iterator[float]:
+        """Ascending times, none of them in the quiet; the first busy time begins at 0."""
+        gap = self.busy / (self.busy + self.quiet) / self.rate
+        time = 0.0  # on a clock that stands still while it is quiet
+        while True:
+            time += rng.exponential(gap)
+            yield time + self.quiet * (time // self.busy)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recorded:
+    """The workload's own times, as a trace has them; `schedule.draw` reads them from the requests."""
+
+    def __call__(self, rng: np.random.Generator) -> Iterator[float]:
+        """No times: there are none but the workload's."""
+        return iter(())

@@ -86,5 +86,6 @@ class MLA(Backend):
 
     def version(self) -> str:
         """Ours, with a hash of the engine's and the kernels' sources, and torch's."""
-        sources = source_hash(_SOURCE / "backends" / "mla", _SOURCE / "kernels")
+        parts = ("backends/mla", "kernels", "harness/tokenizer.py")
+        sources = source_hash(*(_SOURCE / part for part in parts))
         return f"stackrace {stackrace.__version__}+{sources}, torch {version('torch')}"

@@ -9,10 +9,14 @@ from stackrace.harness.types import Endpoint, Request
 
 
 def request_bytes(endpoint: Endpoint, request: Request) -> bytes:
-    """POST …/v1/completions as HTTP/1.1: streamed, the prompt as token ids, usage with every event."""
+    """POST …/v1/completions as HTTP/1.1: streamed, the prompt as token ids, usage with every event.
+
+    A request with messages goes to …/v1/chat/completions instead.
+    """
+    target, asked = _asked(request)
     body: dict[str, Any] = {
         "model": endpoint.model,
-        "prompt": request.prompt,
+        **asked,
         "max_tokens": request.output_tokens,
         "temperature": request.sampling.temperature,
         "top_p": request.sampling.top_p,
@@ -34,4 +38,11 @@ def request_bytes(endpoint: Endpoint, request: Request) -> bytes:
         **endpoint.headers,
     }
     head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
-    return f"POST {url.path.rstrip('/')}/v1/completions HTTP/1.1\r\n{head}\r\n".encode() + content
+    return f"POST {url.path.rstrip('/')}/v1/{target} HTTP/1.1\r\n{head}\r\n".encode() + content
+
+
+def _asked(request: Request) -> tuple[str, dict[str, Any]]:
+    if request.messages is None:
+        return "completions", {"prompt": request.prompt}
+    messages = [{"role": role, "content": content} for role, content in request.messages]
+    return "chat/completions", {"messages": messages}

@@ -53,9 +53,9 @@ def differing(all_leaves: Iterable[Leaves]) -> set[str]:
 
 
 def common_mean(means: Iterable[float]) -> float | None:
-    """One name for draws of the same lengths: their mean, in three digits where they differ."""
+    """One name for draws of the same lengths: their mean, in three digits unless it is one whole number for all."""
     held = list(means)
     if not held:
         return None
     mean = sum(held) / len(held)
-    return held[0] if min(held) == max(held) else float(f"{mean:.3g}")
+    return held[0] if min(held) == max(held) == round(mean) else float(f"{mean:.3g}")

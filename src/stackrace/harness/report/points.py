@@ -149,8 +149,10 @@ def _setting(run: StoredRun, asked: Mapping[str, Any], closed: bool) -> Setting:
 
 
 def _lengths(config: Mapping[str, Any], asked: Mapping[str, Any]) -> tuple[str, str]:
-    lengths = config.get("lengths") or {}
-    prompt, output = (plain(lengths.get(n) or asked.get(f"{n}_tokens")) for n in ("input", "output"))
+    """What they were drawn from: `lengths`, and how the workload makes use of them, or comes by its own."""
+    lengths, workload = config.get("lengths") or {}, config.get("workload") or {}
+    use = {key: value for key, value in workload.items() if key not in ("input_lengths", "output_lengths")}
+    prompt, output = (plain([lengths.get(n) or asked.get(f"{n}_tokens"), use]) for n in ("input", "output"))
     return prompt, output
 
 

@@ -20,9 +20,9 @@ from stackrace.backends.mla.attention import KINDS
 from stackrace.backends.mla.engine import Engine
 from stackrace.backends.mla.sequence import Sampling, Sequence
 from stackrace.backends.mla.server.api import Api
-from stackrace.backends.mla.server.tokenizer import TextTokenizer
 from stackrace.backends.mla.steps import StepLog
 from stackrace.harness.errors import UsageError
+from stackrace.harness.tokenizer import TextTokenizer
 
 LAST_STEP = 5.0  # seconds that a stopping server waits for the engine's current step
 LAST_WORD = 0.1  # seconds that a connection gets once everybody has been told; 0 would be for ever

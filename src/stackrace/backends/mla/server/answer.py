@@ -14,7 +14,7 @@ from stackrace.backends.mla.sequence import Sequence, TokenLogprobs
 from stackrace.backends.mla.server.choice import Choice, Delta
 from stackrace.backends.mla.server.protocol import Ask, ChatAsk, CompletionAsk, Json
 from stackrace.backends.mla.server.refusal import Refusal
-from stackrace.backends.mla.server.tokenizer import TextTokenizer
+from stackrace.harness.tokenizer import TextTokenizer
 
 SSE = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache"}
 DONE = b"data: [DONE]\n\n"

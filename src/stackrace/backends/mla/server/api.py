@@ -17,8 +17,8 @@ from stackrace.backends.mla.server.answer import Answer, ChatAnswer, CompletionA
 from stackrace.backends.mla.server.metrics import Metrics, Timing
 from stackrace.backends.mla.server.protocol import Ask, ChatAsk, CompletionAsk, parse, sequences
 from stackrace.backends.mla.server.refusal import HEADERS, Refusal
-from stackrace.backends.mla.server.tokenizer import TextTokenizer
 from stackrace.backends.mla.server.worker import Worker
+from stackrace.harness.tokenizer import TextTokenizer
 
 MAX_BODY = 1 << 24  # bytes; a million token ids are about 7 MB
 LONG_TEXT = 10_000  # characters that take the tokenizer about a step's time: the event loop must not wait

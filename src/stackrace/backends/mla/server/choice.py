@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from stackrace.backends.mla.engine import TokenEvent
 from stackrace.backends.mla.sequence import Sequence, TokenLogprobs
 from stackrace.backends.mla.server.protocol import Ask
-from stackrace.backends.mla.server.tokenizer import Detokenizer, StopFinder, TextTokenizer
+from stackrace.backends.mla.server.tokenizer import Detokenizer, StopFinder
+from stackrace.harness.tokenizer import TextTokenizer
 
 
 @dataclass(slots=True)
