@@ -1,7 +1,7 @@
 """Receive times: the kernel's, on our clock, whatever the client was busy with."""
 
+import pickle
 import time
-from array import array
 
 import numpy as np
 import pytest
@@ -9,10 +9,10 @@ from scripted import drive, receive_request, scripted
 
 from stackrace.harness.clock import now
 from stackrace.harness.load import stamps
-from stackrace.harness.load.connections import Received
 from stackrace.harness.load.driver import Capture
 from stackrace.harness.load.messages import Offsets, Started
 from stackrace.harness.load.parser import Parser, record
+from stackrace.harness.load.received import Received
 from stackrace.harness.load.stamps import Offset
 
 pytestmark = pytest.mark.alone
@@ -55,7 +55,10 @@ def test_a_stamp_is_never_later_than_the_read():
 
 
 def capture_of(*pieces):
-    received = Received(list(pieces), array("q", range(100, 100 + len(pieces))), bytearray(16 * len(pieces)))
+    received = Received()
+    received.data += pieces
+    received.stamps.extend(range(100, 100 + len(pieces)))
+    received.kernel += bytes(16 * len(pieces))
     return Capture(0, 0, 0, 0, 0, 200, 0, False, None, received)
 
 
@@ -65,6 +68,12 @@ def test_chunks_of_one_read_are_marked_but_for_the_last():
     assert finished.chunk_coalesced == [False, True, True, False, False]
     assert finished.chunk_lateness is None
     assert not stamped
+
+
+def test_what_was_received_survives_its_way_to_the_parser():
+    before = capture_of(HEAD, event(1), b"", END).received
+    after = pickle.loads(pickle.dumps(before))
+    assert [(c.data, c.stamps, c.kernel) for c in (after,)] == [(before.data, before.stamps, before.kernel)]
 
 
 def test_captures_wait_for_the_clocks_after_them():

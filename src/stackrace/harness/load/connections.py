@@ -1,9 +1,9 @@
 """Warm connections to one endpoint, unlimited in number, opened off the clock."""
 
 import asyncio
+import functools
 import socket
 import ssl
-from array import array
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,19 +12,11 @@ from urllib.parse import urlsplit
 from stackrace.harness.clock import SECOND, now
 from stackrace.harness.errors import UsageError
 from stackrace.harness.load import stamps
+from stackrace.harness.load.received import Received
 
 MAX_IDLE = 4 * SECOND  # vLLM and SGLang close an idle connection after 5 s
 _READ_BYTES = 16384  # more is read the next time round; asking for more costs each small read
 _AT_ONCE = 256  # connections that are opened side by side: a server's backlog is not endless
-
-
-@dataclass(slots=True)
-class Received:
-    """What came on a stream, read by read, unparsed."""
-
-    data: list[bytes] = field(default_factory=list)
-    stamps: "array[int]" = field(default_factory=lambda: array("q"))  # just after the read, ns of CLOCK_MONOTONIC
-    kernel: bytearray = field(default_factory=bytearray)  # STAMP_BYTES a read, zeros where the kernel told none
 
 
 @dataclass(slots=True, eq=False)
@@ -34,28 +26,20 @@ class Connection:
     sock: socket.socket
     used: bool = False  # carried a request already
     idle_since: int = field(default_factory=now)
-    _recvmsg: Callable[[int, int], tuple[bytes, list[tuple[int, int, bytes]], int, object]] | None = None
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.sock, ssl.SSLSocket):
-            self._recvmsg = self.sock.recvmsg
 
     @property
     def fd(self) -> int:
         """Its file descriptor, -1 when closed."""
         return self.sock.fileno()
 
-    def receive(self, received: Received) -> bytes:
-        """Add what has arrived, and return it; nothing at the end of the stream. OSError if the connection broke."""
-        if self._recvmsg is not None:
-            data, ancillary, _, _ = self._recvmsg(_READ_BYTES, stamps.ANCILLARY_BYTES)
-        else:
-            data, ancillary = _decrypted(self.sock), []
-        if data:
-            received.stamps.append(now())
-            received.kernel += ancillary[0][2] if ancillary else stamps.NO_STAMP
-            received.data.append(data)
-        return data
+    def reader(self, received: Received) -> Callable[[], bytes]:
+        """A function that adds what has arrived to `received` and returns it; b"" at the end of the stream.
+
+        It raises OSError if the connection broke.
+        """
+        if isinstance(self.sock, ssl.SSLSocket):
+            return functools.partial(_read_tls, self.sock, received)
+        return _plain_reader(self.sock, received)
 
     def send(self, data: memoryview) -> int:
         """Bytes taken by the kernel, 0 if it takes none now."""
@@ -171,7 +155,22 @@ class Connections:
             self._idle.pop().close()
 
 
-def _decrypted(sock: socket.socket) -> bytes:
+def _plain_reader(sock: socket.socket, received: Received) -> Callable[[], bytes]:
+    recvmsg, clock, no_stamp = sock.recvmsg, now, stamps.NO_STAMP  # looked up once: this runs for each event
+    keep, stamp, add_kernel = received.data.append, received.stamps.append, received.kernel.extend
+
+    def read() -> bytes:
+        data, ancillary, _, _ = recvmsg(_READ_BYTES, stamps.ANCILLARY_BYTES)
+        if data:
+            stamp(clock())
+            add_kernel(ancillary[0][2] if ancillary else no_stamp)
+            keep(data)
+        return data
+
+    return read
+
+
+def _read_tls(sock: ssl.SSLSocket, received: Received) -> bytes:
     """All that is there: what TLS has decrypted does not wake the loop again. BlockingIOError if that is nothing."""
     parts: list[bytes] = []
     try:
@@ -183,6 +182,10 @@ def _decrypted(sock: socket.socket) -> bytes:
     except OSError:
         if not parts:  # else what came is kept first; the next call fails again
             raise
+    if parts:
+        received.stamps.append(now())
+        received.kernel += stamps.NO_STAMP
+        received.data.append(b"".join(parts))
     return b"".join(parts)
 
 

@@ -10,9 +10,10 @@ from typing import NamedTuple
 
 from stackrace.harness.clock import SECOND, Alarms, now
 from stackrace.harness.load.client import Exchange
-from stackrace.harness.load.connections import Connection, Connections, Received
+from stackrace.harness.load.connections import Connection, Connections
 from stackrace.harness.load.plan import Plan, Start
 from stackrace.harness.load.readiness import Readiness
+from stackrace.harness.load.received import Received
 from stackrace.harness.load.slots import Slots
 
 _UPKEEP = SECOND // 4

@@ -8,7 +8,10 @@ from stackrace.harness.load import messages
 from stackrace.harness.load.driver import Capture
 
 _PAUSE = SECOND // 5000  # between two captures: each holds up the loop while it is packed
+_LATE = SECOND // 2000  # so late is an alarm only where the loop has more to do than it can
+_POSTPONED = SECOND // 100
 _MANY = 1000  # captures in the backlog for each one that is sent at once
+_MOST_BYTES = 1 << 30  # of the backlog, beyond which the race has to bear with it
 
 
 class Outbox:
@@ -21,6 +24,8 @@ class Outbox:
         self._transport = transport
         self._alarms = alarms
         self._backlog: deque[Capture] = deque()
+        self._bytes = 0
+        self._next = 0
 
     def tell(self, message: object) -> None:
         """Now, unless it is a capture."""
@@ -28,16 +33,29 @@ class Outbox:
             self._transport.write(messages.encode(message))
             return
         if not self._backlog:
-            self._alarms.at(now() + _PAUSE, self._ship)
+            self._ship_in(_PAUSE)
         self._backlog.append(message)
+        self._bytes += message.received.size
 
     def drain(self) -> None:
         """Every capture, now: the race is over."""
         while self._backlog:
-            self._transport.write(messages.encode(self._backlog.popleft()))
+            self._write()
+
+    def _ship_in(self, pause: int) -> None:
+        self._next = now() + pause
+        self._alarms.at(self._next, self._ship)
 
     def _ship(self) -> None:
+        if now() - self._next > _LATE and self._bytes < _MOST_BYTES:
+            self._ship_in(_POSTPONED)
+            return
         for _ in range(min(len(self._backlog), 1 + len(self._backlog) // _MANY)):
-            self._transport.write(messages.encode(self._backlog.popleft()))
+            self._write()
         if self._backlog:
-            self._alarms.at(now() + _PAUSE, self._ship)
+            self._ship_in(_PAUSE)
+
+    def _write(self) -> None:
+        capture = self._backlog.popleft()
+        self._bytes -= capture.received.size
+        self._transport.write(messages.encode(capture))
