@@ -77,6 +77,13 @@ EXPECTED = {
     ("lag", "p50"): 0.0,
     ("lag", "mean"): 0.013 / 6,
     ("lag", "max"): 0.010,
+    # told of request 0 alone: 1, 2, 3, 4
+    ("receive_lag", "n"): 4,
+    ("receive_lag", "p50"): 0.002,
+    ("receive_lag", "max"): 0.004,
+    # one of the seven chunks of 0 and 1; of the six gaps none is short
+    ("coalesced", "run"): 1 / 7,
+    ("short_gaps", "run"): 0.0,
     # slot - due: 0, 0, 200, 0, 0, 0
     ("queued", "max"): 0.200,
     ("queued", "mean"): 0.200 / 6,

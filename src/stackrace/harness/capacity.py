@@ -14,13 +14,14 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from stackrace.harness import store
 from stackrace.harness.errors import UsageError, require
+from stackrace.harness.grounds import CLIENT, OTHER_WORK
 from stackrace.harness.levels import Level, Measurement, wilson
 from stackrace.harness.metrics import judged
 from stackrace.harness.observed import Observed
 from stackrace.harness.point import Point
 from stackrace.harness.search import Answer, Rules, Search, Step
 from stackrace.harness.summary import parse_slo, summarize
-from stackrace.harness.validity import CLIENT, OTHER_WORK, Validity, judge
+from stackrace.harness.validity import Validity, judge
 
 OVER = ("arrival.rate", "concurrency")
 

@@ -9,6 +9,8 @@ import numpy as np
 from stackrace.harness.observed import Mask, Observed, Window
 from stackrace.harness.settling import Floats
 
+_SHORT_GAP = 50e-6  # seconds
+
 
 def ttft(run: Observed) -> Floats:
     """First chunk with a token - due, in seconds: what a user waits for, the client's queue included."""
@@ -56,6 +58,22 @@ def e2e(run: Observed) -> Floats:
 def lag(run: Observed) -> Floats:
     """sent - max(due, slot), in seconds: how late the client itself was."""
     return run.column("sent") - np.maximum(run.column("due"), run.column("slot"))
+
+
+def receive_lag(run: Observed) -> Floats:
+    """User-space stamp - the kernel's, in seconds, pooled over all chunks: how late the client read them."""
+    return run.lateness
+
+
+def coalesced(run: Observed) -> float | None:
+    """Share of the chunks that came in one read with a later one of their stream, and have its time."""
+    return float(run.coalesced.mean()) if len(run.coalesced) else None
+
+
+def short_gaps(run: Observed) -> float | None:
+    """Share of the gaps between chunks that are under 50 us: sent together, or read together."""
+    gaps = itl(run)
+    return float((gaps < _SHORT_GAP).mean()) if len(gaps) else None
 
 
 def queued(run: Observed) -> Floats:

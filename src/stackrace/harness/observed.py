@@ -77,6 +77,18 @@ class Observed:
         return [np.asarray(c, dtype=np.float64) for c in self.records["chunk_tokens"]]
 
     @cached_property
+    def lateness(self) -> Floats:
+        """How late each chunk was read, pooled over all requests, in seconds; only where the kernel stamped it."""
+        late = [lateness for lateness in self.records["chunk_lateness"] if lateness is not None]
+        return np.concatenate([np.asarray(v, dtype=np.float64) for v in late]) / SECOND if late else np.empty(0)
+
+    @cached_property
+    def coalesced(self) -> Mask:
+        """For each chunk, pooled over all requests, whether it has a later one's time; only where that was told."""
+        marks = [marks for marks in self.records["chunk_coalesced"] if marks is not None]
+        return np.concatenate([np.asarray(v, dtype=np.bool_) for v in marks]) if marks else np.empty(0, dtype=np.bool_)
+
+    @cached_property
     def tokens(self) -> Floats:
         """Tokens received, by the chunks."""
         return np.array([c.sum() for c in self.counts], dtype=np.float64)

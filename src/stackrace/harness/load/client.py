@@ -4,9 +4,10 @@ import asyncio
 from collections.abc import Callable
 
 from stackrace.harness.clock import now
-from stackrace.harness.load.connections import Connection, Received
+from stackrace.harness.load.connections import Connection
 from stackrace.harness.load.framing import EndOfResponse
 from stackrace.harness.load.readiness import Readiness
+from stackrace.harness.load.received import Received
 
 
 class Exchange:
@@ -17,6 +18,7 @@ class Exchange:
         "_loop",
         "_on_end",
         "_pending",
+        "_read",
         "_readiness",
         "body_sent",
         "connection",
@@ -52,6 +54,7 @@ class Exchange:
     def start(self, connection: Connection) -> None:
         """Send now."""
         self.connection = connection
+        self._read = connection.reader(self.received)
         self._readiness.watch(connection.fd, self._on_readable)
         self.sent = now()
         self._write()
@@ -90,9 +93,8 @@ class Exchange:
         self._write()
 
     def _on_readable(self) -> None:
-        assert self.connection is not None
         try:
-            data = self.connection.receive(self.received)
+            data = self._read()
         except BlockingIOError:
             return
         except OSError as e:
