@@ -1,4 +1,4 @@
-"""The command: stackrace bench | serve | report | model | doctor. Everything heavy is imported where it is used."""
+"""The command: stackrace bench | serve | calibrate | report | model | doctor. Everything heavy is imported where it is used."""
 
 import sys
 from pathlib import Path
@@ -33,6 +33,17 @@ def bench(context: typer.Context) -> None:
 def serve(context: typer.Context) -> None:
     """Start one stack and leave it running until Ctrl-C: stackrace serve backend=mla [key=value ...]."""
     from stackrace.harness.serve import serve as run
+
+    raise typer.Exit(run(context.args))
+
+
+@app.command(context_settings=_PASS_THROUGH)
+def calibrate(context: typer.Context) -> None:
+    """Measure the load generator's own error on this machine; later runs are judged against it.
+
+    stackrace calibrate [ladder=quick] [key=value ...]
+    """
+    from stackrace.harness.calibrate.command import calibrate as run
 
     raise typer.Exit(run(context.args))
 

@@ -22,7 +22,7 @@ from stackrace.harness.summary import parse_slo
 from stackrace.harness.types import Workload
 from stackrace.workloads.arrivals import Immediate
 
-_PATHS = ("models", "results", "sweep")
+_PATHS = ("models", "results", "sweep", "calibration")
 _SOURCES = ("path", "tokenizer")  # of a workload: what they hold is in the schedule
 _WARMUP_SEED = 1 << 32  # added to the seed: other prompts, as repeatable
 

@@ -14,6 +14,7 @@ from stackrace.backends.garage import Garage
 from stackrace.backends.running import Engine
 from stackrace.harness import host
 from stackrace.harness import records as table
+from stackrace.harness.calibrate import calibration
 from stackrace.harness.clock import SECOND, now
 from stackrace.harness.errors import EngineError, LoadGeneratorDied, PointFailed, StackraceError
 from stackrace.harness.load.generator import LoadGenerator
@@ -258,4 +259,5 @@ def _meta(point: Point) -> dict[str, Any]:
             "repeated_tokens": point.repeated_tokens,
         },
         "provenance": provenance(point),
+        "calibration": calibration.load(Path(point.config["calibration"])),
     }

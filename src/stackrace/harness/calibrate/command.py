@@ -1,0 +1,59 @@
+"""`stackrace calibrate`: climbs the ladders, prints what it finds, keeps it for later runs."""
+
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_module
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+from stackrace.harness import host
+from stackrace.harness.calibrate import calibration, table
+from stackrace.harness.calibrate.ladder import Ladders, Rung
+from stackrace.harness.calibrate.trial import Lab
+from stackrace.harness.errors import UsageError, one_line, require
+
+_WIDTH = 200  # columns where there is no terminal
+
+
+def calibrate(overrides: list[str]) -> int:
+    """Run it; returns the exit code. UsageError for settings that cannot be."""
+    settings = _compose(overrides)
+    hardware, ladder = settings["hardware"], settings["ladder"]
+    _check(ladder)
+    cores = host.split_cores(hardware["load_generator_cores"], hardware["engine_cores"])
+    console = Console() if Console().is_terminal else Console(width=_WIDTH)
+    console.print("errors are p50 / p99 / max, the load generator against a server that knows when it sent what")
+    rungs: list[Rung] = []
+    with Lab(cores) as lab:
+        for rung in Ladders(lab, ladder, settings["right"]).climb(range(1, len(cores.load_generator) + 1)):
+            rungs.append(rung)
+            console.print("  ".join(filter(None, table.cells(rung))), highlight=False, soft_wrap=True, style="dim")
+    out = Path(settings["out"])
+    found = calibration.save(out, rungs, settings["right"], " ".join(["stackrace calibrate", *overrides]))
+    shown = table.rich_table()
+    for rung in rungs:
+        shown.add_row(*table.cells(rung))
+    console.print(shown)
+    console.print(table.in_words(found), highlight=False, soft_wrap=True)
+    console.print(f"kept for later runs: {out}", highlight=False)
+    return 0
+
+
+def _compose(overrides: list[str]) -> dict[str, Any]:
+    try:
+        with initialize_config_module("stackrace.conf", version_base="1.3"):
+            cfg: DictConfig = compose("calibrate", overrides)
+    except HydraException as e:
+        raise UsageError(one_line(e)) from None
+    settings: Any = OmegaConf.to_container(cfg, resolve=True)
+    return dict(settings)
+
+
+def _check(ladder: dict[str, Any]) -> None:
+    for name, value in ladder.items():
+        wanted = "a number above 0, or a list of them"
+        values = value if isinstance(value, list) else [value]
+        for v in values:
+            require(f"ladder.{name}", v, (int, float), lambda n: n > 0, wanted)
