@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import re
+from dataclasses import replace
 from html import unescape
 
 import pytest
@@ -19,6 +20,7 @@ from stackrace.harness.report.points import by_setting, from_runs
 from stackrace.harness.report.statements import frontier_sentence, headline, leader, sentence
 from stackrace.harness.report.style import looks
 from stackrace.harness.report.tables import text_table
+from stackrace.harness.report.tips import tip
 from stackrace.harness.store import RunWriter, find_runs, read_run
 from stackrace.harness.types import Record, Request, Sampling
 
@@ -354,6 +356,27 @@ def test_throughput_against_interactivity_needs_no_loss_on_either(write, points)
     told = frontier_sentence(points())
     assert re.match(r"At 10 req/s and 128 input tokens in this run: a 102 tok/s at 250 tok/s/user; b \d+ tok/s", told)
     assert told.endswith("a is ahead at the one shared point.")
+
+
+def test_the_tip_tells_the_steady_window_and_whether_the_load_is_sustainable(write, points):
+    write(ttft=20, tpot=4, requests=20)
+    (point,) = points()
+    rows = {label: told for label, told, _ in tip(point)["rows"]}
+    assert rows["steady window"] == "0.056 to 1.90 (from: first answer)"  # 20 + 9 * 4 ms; the last is due at 1.9 s
+    assert "steady p50 20.0" in rows["TTFT"]
+    assert "sustainable" not in rows
+    grew = replace(point, sustainable=False, settled="never settled", summary={})
+    assert tip(grew)["rows"] == [
+        ("sustainable", "no: the queue kept growing", ""),
+        ("steady window", "- (never settled)", ""),
+    ]
+
+
+def test_the_closing_table_says_what_never_settled(write, tmp_path):
+    write(requests=120, ttft=8000)  # the first answer comes in the second half
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(text_table(read_run(f) for f in find_runs(tmp_path / "results")))
+    assert "no steady window (the load never settled): a at 10 req/s" in console.export_text()
 
 
 def test_strings_of_a_run_cannot_break_the_page(write, page):
