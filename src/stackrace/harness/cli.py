@@ -1,4 +1,4 @@
-"""The command: stackrace bench | serve | calibrate | report | model | doctor. Everything heavy is imported where it is used."""
+"""The command: stackrace bench, serve, calibrate, report, model, doctor. What is heavy is imported where it is used."""
 
 import sys
 from pathlib import Path

@@ -108,6 +108,10 @@ class Connection:
         if self._calls:
             self._begin(self._calls.popleft())
 
+    def close_after(self) -> None:
+        """The response under way is the last, and its end is told by closing."""
+        self._is_last = True
+
     def close(self) -> None:
         """Break it off, whatever is under way."""
         if self._parser is None:

@@ -66,6 +66,8 @@ class Service:
             return
         script = Script(b, q, events, draw(b, events.sends(q.tokens), self._rng))
         length = script.length() if b.transfer == "length" else 0
+        if b.transfer == "close":
+            connection.close_after()
         head = stream_head(b.transfer, length, call.closes or b.transfer == "close")
         delay = nanoseconds(b.head_delay)
         self._pump.add(Head(connection, head, next(self._orders), arrived, delay))

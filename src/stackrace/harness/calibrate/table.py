@@ -59,8 +59,9 @@ def in_words(found: Mapping[str, Any]) -> str:
     limits, right = found["limits"], found["right"]
     events = limits["events_per_s"]
     return (
-        f"one worker keeps receive times right to {right['kernel'] * 1000:g} ms (p99) up to {_number(events['kernel'])} "
-        f"events/s by kernel stamps, to {right['user'] * 1000:g} ms up to {_number(events['user'])} by user-space ones; "
+        f"one worker keeps receive times right to {right['kernel'] * 1000:g} ms (p99) "
+        f"up to {_number(events['kernel'])} events/s by kernel stamps, "
+        f"to {right['user'] * 1000:g} ms up to {_number(events['user'])} by user-space ones; "
         f"it sends {_number(limits['requests_per_s'])} requests/s no later than {right['lag'] * 1000:g} ms (p99)"
     )
 
