@@ -12,6 +12,7 @@ import orjson
 from stackrace.backends.base import source_hash
 from stackrace.harness import host
 from stackrace.harness.calibrate.ladder import Rung, limits
+from stackrace.harness.calibrate.outcome import Spread
 from stackrace.harness.store import write_atomically
 
 
@@ -36,7 +37,7 @@ def save(path: Path, rungs: Sequence[Rung], right: Mapping[str, float], command:
         "rungs": [asdict(r) for r in rungs],
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, orjson.dumps(found, option=orjson.OPT_INDENT_2))
+    write_atomically(path, orjson.dumps(found, option=orjson.OPT_INDENT_2, default=Spread._asdict))
     return found
 
 

@@ -89,7 +89,7 @@ def _after(time: int | None, start: int) -> int | None:
 
 
 def _unfinished(answer: Answer) -> str | None:
-    if not answer.complete:
+    if not answer.complete and not answer.is_at_close:
         return "the response ended in the middle"
     if not answer.done:
         return "the stream ended without [DONE]"

@@ -18,6 +18,7 @@ class Answer:
 
     status: int = 0
     complete: bool = False  # the HTTP message reached its end
+    is_at_close: bool = True  # no header tells where that is: it ends with the connection
     done: bool = False  # data: [DONE] was seen
     chunk_reads: list[int] = field(default_factory=list)  # number of the read that completed it
     chunk_tokens: list[int] = field(default_factory=list)
@@ -59,7 +60,9 @@ class _Parser:
         return self._answer
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if name.lower() == b"content-type":
+        if name.lower() in (b"content-length", b"transfer-encoding"):
+            self._answer.is_at_close = False
+        elif name.lower() == b"content-type":
             self._is_stream = value.lower().startswith(b"text/event-stream")
 
     def on_headers_complete(self) -> None:
