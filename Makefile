@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: install demo test soak check clean help
+.PHONY: install demo test soak evidence check clean help
 
 help: ## Say what there is
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
@@ -28,6 +28,9 @@ test: $(READY) ## Everything that needs no engine and no GPU
 
 soak: $(READY) ## The engine's server under 100,000 good, bad and broken requests; about 10 minutes on two cores
 	PYTHONPATH=tests $(BIN)/python -P -m soak --requests 100000
+
+evidence: $(READY) ## The long proofs, about half an hour on an idle machine; their tables go into docs/methodology.md
+	PYTHONPATH=tests $(BIN)/python -P -m evidence $(if $(PROOF),"$(PROOF)")
 
 check: $(READY) ## Lint, format, types
 	$(BIN)/ruff check

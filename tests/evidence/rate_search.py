@@ -59,9 +59,14 @@ def main(folder, servers=SERVERS):
     print(f"\n{len(errors)} searches, largest error {max(errors):.1%}")
 
 
+def run():
+    """In a folder that is gone afterwards."""
+    with tempfile.TemporaryDirectory() as temporary:
+        main(temporary)
+
+
 if __name__ == "__main__":
     if sys.argv[1:]:
         main(sys.argv[1])
     else:
-        with tempfile.TemporaryDirectory() as temporary:
-            main(temporary)
+        run()

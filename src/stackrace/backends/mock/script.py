@@ -77,14 +77,20 @@ class Script:
                 return
             if share and fate.rng.random() < share:
                 cut = fate.rng.randrange(1, len(data))
-                yield due, data[:cut], ()
-                yield due + fate.rng.randrange(*_SPLIT), data[cut:], marks
+                told = _completed(data[:cut], len(marks))
+                yield due, data[:cut], marks[:told]
+                yield due + fate.rng.randrange(*_SPLIT), data[cut:], marks[told:]
             else:
                 yield due, data, marks
 
     def _ttft(self) -> int:
         prefill = self._q.prompt_tokens / self._b.prompt_rate if self._b.prompt_rate else 0.0
         return nanoseconds(self._b.ttft + prefill)
+
+
+def _completed(data: bytes, most: int) -> int:
+    """Events with tokens that end within `data`; what follows the last of them brings none."""
+    return min(most, data.count(b"\n\n"))
 
 
 def _batches(items: Iterable[T], size: int) -> Iterator[tuple[T, ...]]:

@@ -1,6 +1,6 @@
 """How far what the load generator says is from what the mock knows."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -42,6 +42,7 @@ class Outcome:
     kernel: Spread  # error of receive times, as recorded
     user: Spread  # what it would be by the user-space stamps
     coalesced: float  # share of the chunks that have a later one's time
+    served: float | None  # reported p99 of TTFT less the mock's own, from when it had the request
     ttft: float | None  # error of the reported p99, from due on
     tpot: float | None
     itl: float | None
@@ -57,7 +58,9 @@ class Outcome:
 class _Pair:
     """One request as recorded beside what was sent; arrays over its events, seconds after the start."""
 
-    def __init__(self, record: Record, sent: Sequence[int], start: int) -> None:
+    def __init__(self, record: Record, truth: Mapping[str, Any], start: int) -> None:
+        sent = truth["sent"]
+        self.served = (sent[0] - truth["arrived"]) / SECOND
         self.due = record.due / SECOND
         self.times = np.array(record.chunk_times) / SECOND
         self.true = (np.array(sent) - start) / SECOND
@@ -73,7 +76,7 @@ def compare(
     """Records (their seeds as ids, times after `start`) against the mock's truth (absolute nanoseconds)."""
     known = {t["seed"]: t for t in truth}
     right = [r for r in records if r.id in known and r.chunk_tokens == known[r.id]["tokens"] and r.chunk_tokens]
-    pairs = [_Pair(r, known[r.id]["sent"], start) for r in right]
+    pairs = [_Pair(r, known[r.id], start) for r in right]
     events = sum(len(t["sent"]) for t in truth)
     several = [p for p in pairs if p.rest]
     sent = np.array(sorted(r.sent for r in records if r.sent is not None)) / SECOND
@@ -88,6 +91,7 @@ def compare(
         kernel=Spread.of(_pool(p.error for p in pairs)),
         user=Spread.of(_pool(p.error + p.lateness for p in pairs)),
         coalesced=float(_pool(p.coalesced for p in pairs).mean()) if pairs else 0.0,
+        served=_difference([p.times[0] - p.due for p in pairs], [p.served for p in pairs]),
         ttft=_difference([p.times[0] - p.due for p in pairs], [p.true[0] - p.due for p in pairs]),
         tpot=_difference(*([np.ptp(t) / p.rest for t, p in zip(ts, several, strict=True)] for ts in _both(several))),
         itl=_difference(*(_pool(map(np.diff, ts)) for ts in _both(several))),

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 _LAST_CHUNK = re.compile(rb"\r\n0+(?:;[^\r\n]*)?\r\n(?:[^\r\n]+\r\n)*\r\n\Z")
 _BLANK_LINE = b"\r\n\r\n"
+_DIGITS = 19  # of a length that there can be
 _TAIL_BYTES = 1024  # as much of the end is looked at for a last chunk with extensions or trailers
 
 
@@ -57,7 +58,7 @@ class EndOfResponse:
         self.keeps_alive = b"close" not in fields.get(b"connection", b"")
         self._is_chunked = b"chunked" in fields.get(b"transfer-encoding", b"")
         length = fields.get(b"content-length", b"").strip()
-        if length.isdigit() and not self._is_chunked:
+        if length.isdigit() and len(length) < _DIGITS and not self._is_chunked:
             self._left = int(length)
         self.is_at_close = self._left is None and not self._is_chunked
 

@@ -42,6 +42,7 @@ class _Parser:
         self._http = httptools.HttpResponseParser(self)
         self._answer = Answer()
         self._read = 0
+        self._counted = 0  # tokens of all chunks so far
         self._body = bytearray()  # of an answer that is no event stream
         self._events = _EventStream()
         self._is_stream = False
@@ -50,6 +51,9 @@ class _Parser:
         for self._read, data in enumerate(reads):
             try:
                 self._http.feed_data(data)
+            except httptools.HttpParserUpgrade:
+                self._fail("the server wants to switch protocols")
+                break
             except httptools.HttpParserError as e:
                 if self._answer.complete:  # what follows the end is none of this response
                     break
@@ -60,15 +64,20 @@ class _Parser:
         return self._answer
 
     def on_header(self, name: bytes, value: bytes) -> None:
+        if self._answer.complete:  # what follows the end is none of this response, here as below
+            return
         if name.lower() in (b"content-length", b"transfer-encoding"):
             self._answer.is_at_close = False
         elif name.lower() == b"content-type":
             self._is_stream = value.lower().startswith(b"text/event-stream")
 
     def on_headers_complete(self) -> None:
-        self._answer.status = self._http.get_status_code()
+        if not self._answer.complete:
+            self._answer.status = self._http.get_status_code()
 
     def on_body(self, data: bytes) -> None:
+        if self._answer.complete:
+            return
         if self._answer.status != 200 or not self._is_stream:
             self._body += data
             return
@@ -76,7 +85,7 @@ class _Parser:
             self._on_event(payload)
 
     def on_message_complete(self) -> None:
-        self._answer.complete = True
+        self._answer.complete = self._answer.complete or self._answer.status >= 200  # 1xx: the response follows
 
     def _on_event(self, payload: bytes) -> None:
         if payload == b"[DONE]":
@@ -88,16 +97,16 @@ class _Parser:
                 self._fail(f"error event: {_message(error)}")
                 return
             self._take_tokens(event)
-        except (ValueError, TypeError, AttributeError, KeyError, ProtocolError) as e:
+        except (ValueError, TypeError, AttributeError, KeyError, RecursionError, ProtocolError) as e:
             self._fail(f"bad event ({e}): {payload[:120]!r}")
 
     def _take_tokens(self, event: dict[str, Any]) -> None:
         answer = self._answer
-        before = answer.output_tokens or 0
         _take_usage(answer, event.get("usage"))
-        tokens, source = _tokens_of(event, before, answer.output_tokens)
+        tokens, source = _tokens_of(event, self._counted, answer.output_tokens)
         if tokens <= 0:
             return
+        self._counted += tokens
         answer.token_source = _weakest(answer.token_source, source)
         answer.chunk_reads.append(self._read)
         answer.chunk_tokens.append(tokens)
@@ -150,8 +159,8 @@ def _tokens_of(event: dict[str, Any], before: int, after: int | None) -> tuple[i
 
 def _ids(choice: dict[str, Any]) -> list[int]:
     ids = choice.get("token_ids") or []
-    if not all(isinstance(i, int) and 0 <= i <= _LARGEST for i in ids):
-        raise ProtocolError(f"token_ids are {ids!r:.60}")
+    if not all(type(i) is int and 0 <= i <= _LARGEST for i in ids):
+        raise ProtocolError("token_ids are no list of ids")
     return list(ids)
 
 
@@ -173,15 +182,15 @@ def _count(fields: dict[str, Any], name: str, before: int | None) -> int | None:
     value = fields.get(name)
     if value is None:
         return before
-    if not isinstance(value, int) or not 0 <= value <= _LARGEST:
-        raise ProtocolError(f"{name} is {value!r}")
+    if type(value) is not int or not 0 <= value <= _LARGEST:
+        raise ProtocolError(f"{name} is no count")
     return value
 
 
 def _plain_error(status: int, body: bytes) -> str:
     try:
         message = _message(orjson.loads(body).get("error"))
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         message = body[:200].decode(errors="replace")
     return f"HTTP {status}: {message}" if status != 200 else f"no event stream: {message}"
 
