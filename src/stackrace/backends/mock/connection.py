@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import httptools
 
+from stackrace.backends.mock.pump import Sender
 from stackrace.backends.mock.watch import Watch
 from stackrace.harness.clock import now
 
@@ -23,7 +24,7 @@ class Call(NamedTuple):
 
 
 class Connection:
-    """Reads requests and hands them to `answer` one at a time; `send` takes what it can and never waits."""
+    """Reads requests and hands them to `answer` one at a time; what the client does not take is held."""
 
     __slots__ = (
         "_answer",
@@ -33,17 +34,19 @@ class Connection:
         "_is_last",
         "_outbox",
         "_parser",
+        "_send",
+        "_senders",
         "_sock",
         "_stamp",
         "_url",
         "_watch",
         "on_close",
-        "send",
     )
 
     def __init__(self, sock: socket, watch: Watch, answer: Callable[["Connection", Call], None]) -> None:
         self._sock, self._watch, self._answer = sock, watch, answer
-        self.send: Callable[[bytes], int] = sock.send
+        self._senders: list[Sender] = []
+        self._send: Callable[[bytes], int] = sock.send
         self.on_close: Callable[[], None] | None = None  # called when it closes before `finish`
         self._parser: httptools.HttpRequestParser | None = httptools.HttpRequestParser(self)
         self._url, self._body = b"", bytearray()
@@ -78,20 +81,25 @@ class Connection:
             self.close()
             return
         if not self._outbox:
-            self.send = self._sock.send
+            self._redirect(self._sock.send)
             self._watch.change(self._sock.fileno(), writes=False)
             self._close_if_last()
 
     def hold(self, rest: bytes) -> None:
         """Send this once there is room, before anything else."""
         self._outbox += rest
-        self.send = self._send_later
+        self._redirect(self._send_later)
         self._watch.change(self._sock.fileno(), writes=True)
+
+    def attach(self, sender: Sender) -> None:
+        """Have it send here."""
+        sender.wire, sender.send = self, self._send
+        self._senders.append(sender)
 
     def reply(self, response: bytes) -> None:
         """Answer with this and be done."""
         try:
-            rest = response[self.send(response) :]
+            rest = response[self._send(response) :]
         except BlockingIOError:
             rest = response
         except OSError:
@@ -104,6 +112,7 @@ class Connection:
     def finish(self) -> None:
         """The response was handed over; on to the next request, unless this was the last."""
         self._is_busy, self.on_close = False, None
+        self._senders.clear()
         self._close_if_last()
         if self._calls:
             self._begin(self._calls.popleft())
@@ -116,7 +125,8 @@ class Connection:
         self._calls.clear()
         self._watch.remove(self._sock.fileno())
         self._sock.close()
-        self.send = len
+        self._redirect(len)
+        self._senders.clear()
         on_close, self.on_close = self.on_close, None
         if on_close:
             on_close()
@@ -145,6 +155,11 @@ class Connection:
     def _begin(self, call: Call) -> None:
         self._is_busy, self._is_last = True, call.closes
         self._answer(self, call)
+
+    def _redirect(self, send: Callable[[bytes], int]) -> None:
+        self._send = send
+        for sender in self._senders:
+            sender.send = send
 
     def _send_later(self, data: bytes) -> int:
         self._outbox += data
