@@ -31,7 +31,6 @@ class Connection:
         "_body",
         "_calls",
         "_is_busy",
-        "_is_last",
         "_outbox",
         "_parser",
         "_send",
@@ -40,6 +39,7 @@ class Connection:
         "_stamp",
         "_url",
         "_watch",
+        "is_last",
         "on_close",
     )
 
@@ -52,7 +52,8 @@ class Connection:
         self._url, self._body = b"", bytearray()
         self._calls: deque[Call] = deque()
         self._outbox = bytearray()
-        self._is_busy = self._is_last = False
+        self._is_busy = False
+        self.is_last = False  # it closes after this response
         watch.add(sock.fileno(), self)
 
     def readable(self) -> None:
@@ -153,7 +154,7 @@ class Connection:
             self._begin(call)
 
     def _begin(self, call: Call) -> None:
-        self._is_busy, self._is_last = True, call.closes
+        self._is_busy, self.is_last = True, call.closes
         self._answer(self, call)
 
     def _redirect(self, send: Callable[[bytes], int]) -> None:
@@ -166,5 +167,5 @@ class Connection:
         return len(data)
 
     def _close_if_last(self) -> None:
-        if self._is_last and not self._is_busy and not self._outbox:
+        if self.is_last and not self._is_busy and not self._outbox:
             self.close()

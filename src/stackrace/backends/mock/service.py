@@ -39,8 +39,9 @@ class Service:
         """At once, but for streams."""
         if events := self._apis.get(call.url):
             self._complete(connection, call, events)
-        elif call.url == b"/truth" and self._truth:
-            connection.reply(reply(200, self._truth.take(), call.closes))
+        elif call.url == b"/truth":
+            told = reply(200, self._truth.take(), call.closes) if self._truth else reply(404, _NO_TRUTH, call.closes)
+            connection.reply(told)
         elif call.url == b"/v1/models":
             connection.reply(reply(200, _MODELS, call.closes))
         else:
@@ -70,7 +71,9 @@ class Service:
             return
         script = Script(b, q, events, draw(b, events.sends(q.tokens), self._rng))
         length = script.length() if b.transfer == "length" else 0
-        head = stream_head(b.transfer, length, call.closes or b.transfer == "close")
+        if b.transfer == "close":
+            connection.is_last = True
+        head = stream_head(b.transfer, length, connection.is_last)
         delay = nanoseconds(b.head_delay)
         self.pump.add(next(Head(connection, head, head_order, arrived, delay).steps))
         Stream(script, connection, self.pump, self._places).ask(order, arrived, arrived + delay, record)

@@ -109,7 +109,10 @@ class Stream(Sender):
     def _drop(self) -> None:
         """The client went away."""
         if not self.is_over:
-            self._leave(now())
+            at = now()
+            if self._record:
+                self._record.gone = at
+            self._leave(at)
 
     def _leave(self, at: int) -> None:
         self.is_over = True

@@ -20,6 +20,7 @@ class Record:
     arrived: int  # ns
     status: int
     marks: Iterable[Marks] = ()  # read once
+    gone: int | None = None  # ns, when the client went away
 
 
 class Log:
@@ -61,8 +62,8 @@ class Truth:
 
 
 def _row(record: Record, times: list[int]) -> bytes:
-    # not all marks may have been sent
-    events = [(at, tokens) for at, marks in zip(times, record.marks, strict=False) for tokens in marks]
+    sent = times if record.gone is None else [at for at in times if at < record.gone]
+    events = [(at, tokens) for at, marks in zip(sent, record.marks, strict=False) for tokens in marks]
     row = {
         "seed": record.seed,
         "arrived": record.arrived,
