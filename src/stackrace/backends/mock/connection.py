@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import httptools
 
+from stackrace.backends.mock.pump import Sender
 from stackrace.backends.mock.watch import Watch
 from stackrace.harness.clock import now
 
@@ -23,33 +24,36 @@ class Call(NamedTuple):
 
 
 class Connection:
-    """Reads requests and hands them to `answer` one at a time; `send` takes what it can and never waits."""
+    """Reads requests and hands them to `answer` one at a time; what the client does not take is held."""
 
     __slots__ = (
         "_answer",
         "_body",
         "_calls",
         "_is_busy",
-        "_is_last",
         "_outbox",
         "_parser",
+        "_send",
+        "_senders",
         "_sock",
         "_stamp",
         "_url",
         "_watch",
+        "is_last",
         "on_close",
-        "send",
     )
 
     def __init__(self, sock: socket, watch: Watch, answer: Callable[["Connection", Call], None]) -> None:
         self._sock, self._watch, self._answer = sock, watch, answer
-        self.send: Callable[[bytes], int] = sock.send
+        self._senders: list[Sender] = []
+        self._send: Callable[[bytes], int] = sock.send
         self.on_close: Callable[[], None] | None = None  # called when it closes before `finish`
         self._parser: httptools.HttpRequestParser | None = httptools.HttpRequestParser(self)
         self._url, self._body = b"", bytearray()
         self._calls: deque[Call] = deque()
         self._outbox = bytearray()
-        self._is_busy = self._is_last = False
+        self._is_busy = False
+        self.is_last = False  # it closes after this response
         watch.add(sock.fileno(), self)
 
     def readable(self) -> None:
@@ -78,20 +82,25 @@ class Connection:
             self.close()
             return
         if not self._outbox:
-            self.send = self._sock.send
+            self._redirect(self._sock.send)
             self._watch.change(self._sock.fileno(), writes=False)
             self._close_if_last()
 
     def hold(self, rest: bytes) -> None:
         """Send this once there is room, before anything else."""
         self._outbox += rest
-        self.send = self._send_later
+        self._redirect(self._send_later)
         self._watch.change(self._sock.fileno(), writes=True)
+
+    def attach(self, sender: Sender) -> None:
+        """Have it send here."""
+        sender.wire, sender.send = self, self._send
+        self._senders.append(sender)
 
     def reply(self, response: bytes) -> None:
         """Answer with this and be done."""
         try:
-            rest = response[self.send(response) :]
+            rest = response[self._send(response) :]
         except BlockingIOError:
             rest = response
         except OSError:
@@ -104,13 +113,10 @@ class Connection:
     def finish(self) -> None:
         """The response was handed over; on to the next request, unless this was the last."""
         self._is_busy, self.on_close = False, None
+        self._senders.clear()
         self._close_if_last()
         if self._calls:
             self._begin(self._calls.popleft())
-
-    def close_after(self) -> None:
-        """The response under way is the last, and its end is told by closing."""
-        self._is_last = True
 
     def close(self) -> None:
         """Break it off, whatever is under way."""
@@ -120,7 +126,8 @@ class Connection:
         self._calls.clear()
         self._watch.remove(self._sock.fileno())
         self._sock.close()
-        self.send = len
+        self._redirect(len)
+        self._senders.clear()
         on_close, self.on_close = self.on_close, None
         if on_close:
             on_close()
@@ -147,13 +154,18 @@ class Connection:
             self._begin(call)
 
     def _begin(self, call: Call) -> None:
-        self._is_busy, self._is_last = True, call.closes
+        self._is_busy, self.is_last = True, call.closes
         self._answer(self, call)
+
+    def _redirect(self, send: Callable[[bytes], int]) -> None:
+        self._send = send
+        for sender in self._senders:
+            sender.send = send
 
     def _send_later(self, data: bytes) -> int:
         self._outbox += data
         return len(data)
 
     def _close_if_last(self) -> None:
-        if self._is_last and not self._is_busy and not self._outbox:
+        if self.is_last and not self._is_busy and not self._outbox:
             self.close()

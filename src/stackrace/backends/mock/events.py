@@ -1,7 +1,7 @@
 """The bytes of responses. What does not depend on the request is rendered once: sending is all that is left to do."""
 
 from collections.abc import Iterable, Iterator
-from itertools import chain, islice, repeat
+from itertools import chain, repeat
 from typing import Any
 
 import orjson
@@ -67,8 +67,23 @@ class Events:
 
     def events(self, q: Question) -> Iterable[bytes]:
         """The bytes of each event with tokens; the last brings the usage, [DONE] and the end of the body."""
+        if kept := self.kept(q):
+            return [*kept[0][: kept[1]], kept[2]]
         whole = self._count(q.tokens) - 1
-        return chain(self._whole(q.prompt_tokens, whole), [self._last(q, whole * self._width)])
+        return chain(self._render(q.prompt_tokens, 0, whole), [self._last(q, whole * self._width)])
+
+    def kept(self, q: Question) -> tuple[list[bytes], int, bytes] | None:
+        """The same as a list shared by prompts as long, how many of it are meant, and the last; None if too many."""
+        whole = self._count(q.tokens) - 1
+        known = self._rendered.get(q.prompt_tokens, [])
+        if len(known) < whole:
+            if whole * _SIZE > self._room:
+                return None
+            self._rendered[q.prompt_tokens] = known
+            new = list(self._render(q.prompt_tokens, len(known), whole))
+            self._room -= sum(map(len, new))
+            known += new
+        return known, whole, self._last(q, whole * self._width)
 
     def whole(self, q: Question) -> bytes:
         """The answer to a question that wants it in one piece: JSON."""
@@ -84,19 +99,6 @@ class Events:
 
     def _count(self, tokens: int) -> int:
         return -(-tokens // self._width)
-
-    def _whole(self, prompt: int, count: int) -> Iterable[bytes]:
-        """The first `count` events of an answer to a prompt of so many tokens; kept while there is room."""
-        known = self._rendered.setdefault(prompt, []) if self._room > 0 else self._rendered.get(prompt, [])
-        if len(known) >= count:
-            return islice(known, count)
-        rest = self._render(prompt, len(known), count)
-        if count * _SIZE > self._room:
-            return chain(islice(known, len(known)), rest)
-        new = list(rest)
-        self._room -= sum(map(len, new))
-        known += new
-        return islice(known, count)
 
     def _render(self, prompt: int, first: int, end: int) -> Iterator[bytes]:
         for k in range(first, end):

@@ -1,7 +1,7 @@
 """What one streamed answer consists of and when each piece of it is due. Pure; no sockets, no clock."""
 
-from collections.abc import Iterable, Iterator
-from itertools import chain, islice
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from typing import NamedTuple, TypeVar
 
 from stackrace.backends.mock.behaviour import Behaviour
@@ -24,6 +24,15 @@ class Tracks(NamedTuple):
     marks: Iterable[Marks]
 
 
+class Even(NamedTuple):
+    """The first `whole` of the writes and then a last one, `gap` (ns) apart."""
+
+    writes: Sequence[bytes]
+    whole: int
+    last: bytes
+    gap: int
+
+
 class Script:
     """The events of one answer, without its head."""
 
@@ -42,9 +51,26 @@ class Script:
         """The tracks tell all: no need for `steps`, which are slower."""
         return self._fate.cut_at is None and self._fate.malformed_at is None and not self._b.split_share
 
+    def opening(self) -> bytes | None:
+        """The event of a chat that comes as soon as it is served: no token."""
+        return self._events.role() if self._q.is_chat else None
+
+    def even(self) -> Even | None:
+        """The sends, where they are evenly spaced and nothing befalls them; else None."""
+        b = self._b
+        if not self.is_faultless or b.jitter or self._fate.stalls_at is not None:
+            return None
+        if not (kept := self._events.kept(self._q)):
+            return None
+        whole, count, last = kept
+        if b.events_per_write > 1:
+            whole = [b"".join(batch) for batch in _batches([*whole[:count], last], b.events_per_write)]
+            last, count = whole[-1], len(whole) - 1
+        return Even(whole, count, last, nanoseconds(b.gap))
+
     def length(self) -> int:
         """Bytes of all of it, as if it were not cut."""
-        extra = len(self._events.role()) if self._q.is_chat else 0
+        extra = len(self.opening() or b"")
         extra += len(MALFORMED) if self._fate.malformed_at is not None else 0
         return extra + sum(map(len, self._events.events(self._q)))
 
@@ -58,18 +84,12 @@ class Script:
         if b.events_per_write > 1:
             writes = map(b"".join, _batches(events.events(q), b.events_per_write))
             marks = _batches(events.marks(q.tokens), b.events_per_write)
-        if q.is_chat:
-            dues, writes, marks = (
-                chain([max(start, earliest)], dues),
-                chain([events.role()], writes),
-                chain([(0,)], marks),
-            )
         return Tracks(dues, writes, marks)
 
     def steps(self, tracks: Tracks) -> Iterator[tuple[int, bytes, Marks]]:
         """The tracks with what befell it; a cut is a step without bytes."""
         fate, share = self._fate, self._b.split_share
-        for k, (due, data, marks) in enumerate(zip(*tracks, strict=False), -1 if self._q.is_chat else 0):
+        for k, (due, data, marks) in enumerate(zip(*tracks, strict=False)):
             if k == fate.malformed_at:
                 yield due, self._events.framed(MALFORMED), (0,)
             if k == fate.cut_at:

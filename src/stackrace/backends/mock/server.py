@@ -6,7 +6,6 @@ import socket
 from stackrace.backends.mock.behaviour import Behaviour
 from stackrace.backends.mock.connection import Connection
 from stackrace.backends.mock.freeze import NEVER, Freeze
-from stackrace.backends.mock.pump import Pump
 from stackrace.backends.mock.service import Service
 from stackrace.backends.mock.watch import Watch, tell
 from stackrace.harness.clock import now
@@ -21,9 +20,9 @@ class Server:
 
     def __init__(self, port: int, b: Behaviour) -> None:
         self._watch = Watch()
-        self._pump = Pump()
         self._freeze = Freeze(b)
-        self._answer = Service(b, self._pump, self._freeze).answer
+        service = Service(b, self._freeze)
+        self._pump, self._answer = service.pump, service.answer
         self._listener = socket.create_server(("127.0.0.1", port), backlog=_BACKLOG)
         self._listener.setblocking(False)
         self._watch.add(self._listener.fileno(), self)

@@ -15,7 +15,7 @@ from stackrace.backends.mock.question import Question
 from stackrace.backends.mock.script import Script
 from stackrace.backends.mock.stream import Head, Stream
 from stackrace.backends.mock.times import nanoseconds
-from stackrace.backends.mock.truth import Truth
+from stackrace.backends.mock.truth import Log, Truth
 
 _MODELS = {"object": "list", "data": [{"id": "mock", "object": "model"}]}
 _PLANTED = {"error": {"message": "planted by the mock", "type": "server_error"}}
@@ -25,10 +25,12 @@ _NO_TRUTH = {"error": {"message": "backend.record_truth is false", "type": "not_
 class Service:
     """The API: completions, chats, models, health and the truth."""
 
-    def __init__(self, b: Behaviour, pump: Pump, freeze: Freeze) -> None:
-        self._b, self._pump, self._freeze = b, pump, freeze
+    def __init__(self, b: Behaviour, freeze: Freeze) -> None:
+        log = Log(b.record_truth)
+        self.pump = Pump(log)
+        self._b, self._freeze = b, freeze
         self._rng = random.Random(b.seed)
-        self._truth = Truth() if b.record_truth else None
+        self._truth = Truth(log) if b.record_truth else None
         self._places = Places(b.max_num_seqs)
         self._orders = itertools.count()
         self._apis = {b"/v1/completions": Events(b, is_chat=False), b"/v1/chat/completions": Events(b, is_chat=True)}
@@ -37,8 +39,9 @@ class Service:
         """At once, but for streams."""
         if events := self._apis.get(call.url):
             self._complete(connection, call, events)
-        elif call.url == b"/truth" and self._truth:
-            connection.reply(reply(200, self._truth.take(), call.closes))
+        elif call.url == b"/truth":
+            told = reply(200, self._truth.take(), call.closes) if self._truth else reply(404, _NO_TRUTH, call.closes)
+            connection.reply(told)
         elif call.url == b"/v1/models":
             connection.reply(reply(200, _MODELS, call.closes))
         else:
@@ -60,15 +63,17 @@ class Service:
         b, arrived = self._b, call.arrived
         self._freeze.count_from(arrived)
         is_refused = self._rng.random() < b.error_share
-        record = self._truth.record(q.seed, arrived, b.error_status if is_refused else 200) if self._truth else None
+        status = b.error_status if is_refused else 200
+        head_order, order = next(self._orders), next(self._orders)
+        record = self._truth.record(order, q.seed, arrived, status) if self._truth else None
         if is_refused:
-            connection.reply(reply(b.error_status, _PLANTED, call.closes))
+            connection.reply(reply(status, _PLANTED, call.closes))
             return
         script = Script(b, q, events, draw(b, events.sends(q.tokens), self._rng))
         length = script.length() if b.transfer == "length" else 0
         if b.transfer == "close":
-            connection.close_after()
-        head = stream_head(b.transfer, length, call.closes or b.transfer == "close")
+            connection.is_last = True
+        head = stream_head(b.transfer, length, connection.is_last)
         delay = nanoseconds(b.head_delay)
-        self._pump.add(Head(connection, head, next(self._orders), arrived, delay))
-        Stream(script, connection, self._pump, self._places).ask(next(self._orders), arrived, arrived + delay, record)
+        self.pump.add(next(Head(connection, head, head_order, arrived, delay).steps))
+        Stream(script, connection, self.pump, self._places).ask(order, arrived, arrived + delay, record)

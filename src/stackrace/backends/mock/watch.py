@@ -23,22 +23,26 @@ class Handler(Protocol):
         """There is room to send."""
 
 
-class _Selector:
+class Portable:
     """As much of select.epoll as we use, for systems without it."""
 
     def __init__(self) -> None:
         self._selector = selectors.DefaultSelector()
 
     def register(self, fd: int, mask: int) -> None:
+        """Watch it, too."""
         self._selector.register(fd, self._events(mask))
 
     def modify(self, fd: int, mask: int) -> None:
+        """For something else."""
         self._selector.modify(fd, self._events(mask))
 
     def unregister(self, fd: int) -> None:
+        """No more."""
         self._selector.unregister(fd)
 
     def poll(self, timeout: float, most: int) -> list[tuple[int, int]]:
+        """Descriptors that are ready, and for what; waits `timeout` seconds, for ever if that is below 0."""
         ready = self._selector.select(None if timeout < 0 else timeout)
         masks = {selectors.EVENT_READ: _READ, selectors.EVENT_WRITE: _WRITE}
         return [(key.fd, sum(bit for event, bit in masks.items() if event & got)) for key, got in ready[:most]]
@@ -52,7 +56,7 @@ class Watch:
     """Every socket with its handler."""
 
     def __init__(self) -> None:
-        self._poll = select.epoll() if sys.platform == "linux" else _Selector()
+        self._poll = select.epoll() if sys.platform == "linux" else Portable()
         self._handlers: dict[int, Handler] = {}
         self._timer = timerfd_create()
         if self._timer is not None:
