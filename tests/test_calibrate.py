@@ -90,7 +90,7 @@ def test_a_lab_finds_receive_times_right_and_nothing_lost():
     """The short form of what make evidence shows at 120,000 events a second."""
     with Lab(host.split_cores(1, None)) as lab:
         ladders = Ladders(lab, {"stream_rate": 50, "seconds": 2, "ramp": 1}, RIGHT)
-        spread, step = lab.trial(ladders._staggered(10_000, 1)), lab.trial(ladders._in_step(100, 1))
+        spread, step = lab.trial(ladders.staggered(10_000, 1)), lab.trial(ladders.in_step(100, 1))
     for outcome in (spread, step):
         assert (outcome.failed, outcome.lost) == (0, 0)
         assert outcome.stamped

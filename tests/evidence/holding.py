@@ -15,7 +15,7 @@ def in_step(lab):
     """256 and 1,024 streams of 50 tokens a second each."""
     rows = []
     for streams in (256, 1024):
-        o = lab.trial(Ladders(lab, LADDER, {})._in_step(streams, 1))
+        o = lab.trial(Ladders(lab, LADDER, {}).in_step(streams, 1))
         errors = [ms(o.ttft), ms(o.tpot), ms(o.itl), " / ".join(map(ms, o.user))]
         rows.append([f"{streams:,} in step, 50 tokens/s each", o.failed, o.lost, *errors])
     head = ["streams", "failed", "lost", "TTFT p99 error", "TPOT p99 error", "ITL p99 error", "user stamps would be"]
@@ -35,9 +35,9 @@ def freeze(lab, cap):
     due = (np.arange(1200) / 100).tolist()
     mock = {"ttft": 0.05, "gap": 0.002, "freeze_after": 3.0, "freeze": 5.0, "seed": cap or 0}  # a launch of its own
     asked = Asked(mock=mock, schedule=ask(len(due), 6, due), concurrency=cap)
-    endpoint = lab._mock(mock)
-    lab_of._truth(endpoint)
-    records = [r for r in lab._load(asked, endpoint).records if r.chunk_times]
+    endpoint = lab.start(mock)
+    lab_of.truth_of(endpoint)
+    records = [r for r in lab.race(asked, endpoint).records if r.chunk_times]
     ttft, service, sent = (
         np.array([f(r) / 1e9 for r in records])
         for f in (lambda r: r.chunk_times[0] - r.due, lambda r: r.chunk_times[0] - r.sent, lambda r: r.sent)

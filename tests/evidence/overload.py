@@ -29,12 +29,12 @@ LADDERS = Ladders(SimpleNamespace(), LADDER, {})
 
 def spread(rate):
     """Events a second, streams spread over time."""
-    return LADDERS._staggered(rate, 1)
+    return LADDERS.staggered(rate, 1)
 
 
 def step(streams):
     """Streams in step."""
-    return LADDERS._in_step(streams, 1)
+    return LADDERS.in_step(streams, 1)
 
 
 def requests(rate, seconds=3):
@@ -122,11 +122,11 @@ OVERLOADED = [
 
 def run(lab, asked, trouble, config):
     """The outcome, the worker's health, the summary and the verdict of one trial."""
-    endpoint = lab._mock(asked.mock)
-    lab_of._truth(endpoint)
+    endpoint = lab.start(asked.mock)
+    lab_of.truth_of(endpoint)
     with trouble():
-        heard = lab._load(asked, endpoint)
-    truth = lab_of._truth(endpoint)
+        heard = lab.race(asked, endpoint)
+    truth = lab_of.truth_of(endpoint)
     outcome = compare(heard.records, truth, heard.start, heard.health, heard.stamped)
     asked_for = asked.schedule.requests
     frame = rows_of.frame(rows_of.row(r, asked_for[r.id]) for r in heard.records)

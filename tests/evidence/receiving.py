@@ -31,7 +31,7 @@ BENCH = os.environ.get("VLLM_BENCH")
 def load(rate):
     """Streams of 50 events a second, or 100 slower ones: a p99 needs 100."""
     ladder = {"stream_rate": min(50, rate / 100), "seconds": SECONDS, "ramp": RAMP}
-    return Ladders(None, ladder, {})._staggered(rate, 1)
+    return Ladders(None, ladder, {}).staggered(rate, 1)
 
 
 def ours(lab, rate):
@@ -46,8 +46,8 @@ def ours(lab, rate):
 def theirs(lab, rate, folder):
     """Reported p99 of TTFT and ITL less the mock's own."""
     asked = load(rate)
-    endpoint = lab._mock(asked.mock)
-    lab_of._truth(endpoint)
+    endpoint = lab.start(asked.mock)
+    lab_of.truth_of(endpoint)
     streams, tokens = len(asked.schedule.due), asked.schedule.requests[0].output_tokens
     args = f"--backend openai --endpoint /v1/completions --base-url http://{urlsplit(endpoint.url).netloc} --model tiny"
     args += f" --tokenizer {folder / 'tiny'} --dataset-name random --random-input-len 8 --random-output-len {tokens}"
@@ -59,7 +59,7 @@ def theirs(lab, rate, folder):
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
     subprocess.run(command, check=True, capture_output=True, timeout=180, env=env)
     told = json.loads((folder / "r.json").read_text())
-    truth = [t for t in lab_of._truth(endpoint) if len(t["sent"]) > 1]
+    truth = [t for t in lab_of.truth_of(endpoint) if len(t["sent"]) > 1]
     first = np.array([(t["sent"][0] - t["arrived"]) / 1e9 for t in truth])
     gaps = np.concatenate([np.diff(t["sent"]) / 1e9 for t in truth])
     errors = told["p99_ttft_ms"] / 1e3 - quantile(first, 0.99), told["p99_itl_ms"] / 1e3 - quantile(gaps, 0.99)

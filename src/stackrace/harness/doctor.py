@@ -4,6 +4,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import NamedTuple
 
 import psutil
@@ -11,6 +12,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from stackrace.harness import host
+from stackrace.harness.calibrate import calibration
 
 _GIB = 1 << 30
 _ATTACH = "stackrace bench backend=external backend.url=http://HOST:PORT backend.model=NAME"
@@ -47,9 +49,16 @@ def _findings() -> Iterator[Finding]:
     yield Finding(
         "timestamps and pinning", sys.platform == "linux", sys.platform, "use Linux: elsewhere times are coarser"
     )
+    yield _calibration()
     yield _engine("vLLM", "vllm")
     yield _engine("SGLang", "sglang")
     yield _gpu()
+
+
+def _calibration() -> Finding:
+    found = calibration.load(Path("results", "calibration.json"))
+    words = "none for this machine in results/" if found is None else f"of {found['date']}"
+    return Finding("the client's own error", found is not None, words, "stackrace calibrate, on an idle machine")
 
 
 def _package(name: str, what: str, remedy: str, is_needed: bool = False) -> Finding:

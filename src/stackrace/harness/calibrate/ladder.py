@@ -44,9 +44,9 @@ class Ladders:
     def climb(self, workers: Sequence[int]) -> Iterator[Rung]:
         """Rung by rung, as they are measured."""
         for n in workers:
-            yield from self._while_right("events", n, self._s["events"], self._staggered)
+            yield from self._while_right("events", n, self._s["events"], self.staggered)
         for n in workers:
-            yield from self._while_right("in step", n, self._s["in_step"], self._in_step)
+            yield from self._while_right("in step", n, self._s["in_step"], self.in_step)
         yield from self._while_right("requests", 1, self._s["requests"], self._requests)
         yield self._rung("connections", 1, self._s["connections"], self._connections())
         yield self._rung("long prompts", 1, self._s["long_prompt"], self._long_prompts())
@@ -65,10 +65,12 @@ class Ladders:
     def _rung(self, ladder: str, workers: int, load: float, asked: Asked) -> Rung:
         return Rung(ladder=ladder, workers=workers, load=load, outcome=self._lab.trial(asked))
 
-    def _staggered(self, rate: float, workers: int) -> Asked:
+    def staggered(self, rate: float, workers: int) -> Asked:
+        """So many events a second, the streams spread over time."""
         return self._streams(max(1, round(rate / self._s["stream_rate"])), workers, in_step=False)
 
-    def _in_step(self, streams: int, workers: int) -> Asked:
+    def in_step(self, streams: int, workers: int) -> Asked:
+        """So many streams that all send at once."""
         return self._streams(streams, workers, in_step=True)
 
     def _streams(self, number: int, workers: int, in_step: bool) -> Asked:

@@ -39,7 +39,9 @@ class Asked:
 
 
 @dataclass
-class _Heard:
+class Heard:
+    """Start (ns of the clock), records (times after it, ids: positions), every worker's health."""
+
     start: int = 0
     records: list[Record] = field(default_factory=list)
     health: list[Health] = field(default_factory=list)
@@ -65,22 +67,24 @@ class Lab:
 
     def trial(self, asked: Asked) -> Outcome:
         """Run it. Raises LoadGeneratorDied or EngineError."""
-        endpoint = self._mock(asked.mock)
-        _truth(endpoint)  # forget what was before
-        heard = self._load(asked, endpoint)
-        return compare(heard.records, _truth(endpoint), heard.start, heard.health, heard.stamped)
+        endpoint = self.start(asked.mock)
+        truth_of(endpoint)  # forget what was before
+        heard = self.race(asked, endpoint)
+        return compare(heard.records, truth_of(endpoint), heard.start, heard.health, heard.stamped)
 
-    def _mock(self, settings: Mapping[str, Any]) -> Endpoint:
+    def start(self, settings: Mapping[str, Any]) -> Endpoint:
+        """A mock set like this, the running one if it is."""
         overrides = [f"backend.{name}={'null' if value is None else value}" for name, value in settings.items()]
         with initialize_config_module("stackrace.conf", version_base="1.3"):
             cfg = compose("bench", ["backend=mock", "backend.record_truth=true", *overrides])
         backend, _ = build_backend(cfg)
         return self._garage.engine(backend, Path(self._folder.name, "mock"), self._cores.engine[:1], 0).endpoint
 
-    def _load(self, asked: Asked, endpoint: Endpoint) -> _Heard:
+    def race(self, asked: Asked, endpoint: Endpoint) -> Heard:
+        """What the load generator tells of a trial."""
         path = Path(self._folder.name, "schedule.parquet")
         asked.schedule.save(path)
-        heard = _Heard()
+        heard = Heard()
         with LoadGenerator(_job(asked, endpoint, path, self._cores)) as generator:
             for message in generator.messages(_LISTEN):
                 if isinstance(message, Started):
@@ -120,7 +124,7 @@ def _job(asked: Asked, endpoint: Endpoint, path: Path, cores: host.Cores) -> Job
     )
 
 
-def _truth(endpoint: Endpoint) -> list[Any]:
+def truth_of(endpoint: Endpoint) -> list[Any]:
     """What the mock sent since it was last asked."""
     connection = http.client.HTTPConnection(urlsplit(endpoint.url).netloc, timeout=_PATIENCE)
     try:

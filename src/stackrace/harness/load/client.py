@@ -4,8 +4,8 @@ import asyncio
 from collections.abc import Callable
 
 from stackrace.harness.clock import now
-from stackrace.harness.load.connections import Connection
-from stackrace.harness.load.framing import EndOfResponse
+from stackrace.harness.load.connections import READ_BYTES, Connection
+from stackrace.harness.load.framing import BLANK_LINE, EndOfResponse
 from stackrace.harness.load.readiness import Readiness
 from stackrace.harness.load.received import Received
 
@@ -95,16 +95,22 @@ class Exchange:
     def _on_readable(self) -> None:
         try:
             data = self._read()
+            if 3 < len(data) < READ_BYTES and data[-4:] != BLANK_LINE and self._end_of_response.is_chunked:
+                return  # amid a stream: nothing more is there, and this is not its end
+            while not self._is_over_with(data) and len(data) == READ_BYTES:
+                data = self._read()
         except BlockingIOError:
             return
         except OSError as e:
             self._break(f"{type(e).__name__}: {e}")
-            return
+
+    def _is_over_with(self, data: bytes) -> bool:
         if not data:
             self._on_eof()
         elif self._end_of_response.is_here():
             self.is_reusable = self._end_of_response.keeps_alive and not self._pending
             self._finish(None)
+        return self.end is not None
 
     def _on_eof(self) -> None:
         if self.received.data and self._end_of_response.is_at_close:

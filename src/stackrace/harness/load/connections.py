@@ -15,7 +15,7 @@ from stackrace.harness.load import stamps
 from stackrace.harness.load.received import Received
 
 MAX_IDLE = 4 * SECOND  # vLLM and SGLang close an idle connection after 5 s
-_READ_BYTES = 16384  # more is read the next time round; asking for more costs each small read
+READ_BYTES = 16384  # asking for more costs each small read
 _AT_ONCE = 256  # connections that are opened side by side: a server's backlog is not endless
 
 
@@ -157,13 +157,14 @@ class Connections:
 
 def _plain_reader(sock: socket.socket, received: Received) -> Callable[[], bytes]:
     recvmsg, clock, no_stamp = sock.recvmsg, now, stamps.NO_STAMP  # looked up once: this runs for each event
-    keep, stamp, add_kernel = received.data.append, received.stamps.append, received.kernel.extend
+    size, room = READ_BYTES, stamps.ANCILLARY_BYTES
+    keep, stamp, keep_kernel = received.data.append, received.stamps.append, received.kernel.append
 
     def read() -> bytes:
-        data, ancillary, _, _ = recvmsg(_READ_BYTES, stamps.ANCILLARY_BYTES)
+        data, ancillary, _, _ = recvmsg(size, room)
         if data:
             stamp(clock())
-            add_kernel(ancillary[0][2] if ancillary else no_stamp)
+            keep_kernel(ancillary[0][2] if ancillary else no_stamp)
             keep(data)
         return data
 
@@ -174,7 +175,7 @@ def _read_tls(sock: ssl.SSLSocket, received: Received) -> bytes:
     """All that is there: what TLS has decrypted does not wake the loop again. BlockingIOError if that is nothing."""
     parts: list[bytes] = []
     try:
-        while part := sock.recv(_READ_BYTES):
+        while part := sock.recv(READ_BYTES):
             parts.append(part)
     except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
         if not parts:
@@ -184,7 +185,7 @@ def _read_tls(sock: ssl.SSLSocket, received: Received) -> bytes:
             raise
     if parts:
         received.stamps.append(now())
-        received.kernel += stamps.NO_STAMP
+        received.kernel.append(stamps.NO_STAMP)
         received.data.append(b"".join(parts))
     return b"".join(parts)
 

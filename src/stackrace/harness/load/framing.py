@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 
 _LAST_CHUNK = re.compile(rb"\r\n0+(?:;[^\r\n]*)?\r\n(?:[^\r\n]+\r\n)*\r\n\Z")
-_BLANK_LINE = b"\r\n\r\n"
+BLANK_LINE = b"\r\n\r\n"
 _DIGITS = 19  # of a length that there can be
 _TAIL_BYTES = 1024  # as much of the end is looked at for a last chunk with extensions or trailers
 
@@ -12,13 +12,13 @@ _TAIL_BYTES = 1024  # as much of the end is looked at for a last chunk with exte
 class EndOfResponse:
     """Watches the pieces of one response, as they are read; `is_here` is asked after each of them."""
 
-    __slots__ = ("_head", "_is_chunked", "_left", "_pieces", "is_at_close", "keeps_alive", "status")
+    __slots__ = ("_head", "_left", "_pieces", "is_at_close", "is_chunked", "keeps_alive", "status")
 
     def __init__(self, pieces: Sequence[bytes]) -> None:
         self._pieces = pieces
         self._head: bytes | None = b""  # None once the headers are complete
         self._left: int | None = None  # body bytes still to come, where the headers told
-        self._is_chunked = False
+        self.is_chunked = False
         self.status = b""
         self.is_at_close = False
         self.keeps_alive = True
@@ -26,10 +26,8 @@ class EndOfResponse:
     def is_here(self) -> bool:
         """Whether the response ends with the last piece."""
         piece = self._pieces[-1]
-        if self._is_chunked and len(piece) > 3 and not piece.endswith(_BLANK_LINE):
-            return False
         while self._head is not None:
-            head, separator, piece = (self._head + piece).partition(_BLANK_LINE)
+            head, separator, piece = (self._head + piece).partition(BLANK_LINE)
             if not separator:
                 self._head = head
                 return False
@@ -39,7 +37,7 @@ class EndOfResponse:
         if self._left is not None:
             self._left -= len(piece)
             return self._left <= 0
-        return self._is_chunked and _LAST_CHUNK.search(self._tail()) is not None
+        return self.is_chunked and _LAST_CHUNK.search(self._tail()) is not None
 
     def _tail(self) -> bytes:
         parts: list[bytes] = []
@@ -56,11 +54,11 @@ class EndOfResponse:
         self.status = head.partition(b" ")[2][:3]
         fields = dict(line.split(b":", 1) for line in head.split(b"\r\n")[1:] if b":" in line)
         self.keeps_alive = b"close" not in fields.get(b"connection", b"")
-        self._is_chunked = b"chunked" in fields.get(b"transfer-encoding", b"")
+        self.is_chunked = b"chunked" in fields.get(b"transfer-encoding", b"")
         length = fields.get(b"content-length", b"").strip()
-        if length.isdigit() and len(length) < _DIGITS and not self._is_chunked:
+        if length.isdigit() and len(length) < _DIGITS and not self.is_chunked:
             self._left = int(length)
-        self.is_at_close = self._left is None and not self._is_chunked
+        self.is_at_close = self._left is None and not self.is_chunked
 
 
 def _is_interim(head: bytes) -> bool:

@@ -54,7 +54,7 @@ def record(capture: Capture, start: int, offsets: list[Offset]) -> Finished:
     received = capture.received
     answer = parse(received.data)
     user = np.array(received.stamps, dtype=np.int64)
-    times, stamped = stamps.on_our_clock(bytes(received.kernel), user, offsets)
+    times, stamped = stamps.on_our_clock(b"".join(received.kernel), user, offsets)
     reads = np.array(answer.chunk_reads, dtype=np.int64)
     finished = Record(
         id=capture.position,

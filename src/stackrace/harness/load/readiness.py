@@ -1,10 +1,19 @@
-"""Which streams have something to read: an epoll of our own inside the loop's, at a fraction of its cost an event."""
+"""Which streams have something to read: an epoll of our own inside the loop's, at a fraction of its cost an event.
+
+It is edge-triggered: a stream is told of when something came, and not again until more does. Whoever is told has to
+read until a read comes up short. The end of a stream raises no edge of its own if it came with the last data, but it
+shows; such a stream is told of until it is ignored.
+"""
 
 import asyncio
 import select
 from collections.abc import Callable
 
 _AT_ONCE = 128  # reads between two looks at the clock: what is to be sent must not wait for all that has come
+
+
+_MORE = getattr(select, "EPOLLIN", 0)
+_EDGES = _MORE | getattr(select, "EPOLLRDHUP", 0) | getattr(select, "EPOLLET", 0)
 
 
 class Readiness:
@@ -21,7 +30,7 @@ class Readiness:
         """From now on."""
         self._callbacks[fd] = callback
         if self._epoll is not None:
-            self._epoll.register(fd, select.EPOLLIN)
+            self._epoll.register(fd, _EDGES)
         else:
             self._loop.add_reader(fd, callback)
 
@@ -45,7 +54,9 @@ class Readiness:
     def _on_ready(self) -> None:
         assert self._epoll is not None
         callbacks = self._callbacks
-        for fd, _ in self._epoll.poll(0, _AT_ONCE):
+        for fd, events in self._epoll.poll(0, _AT_ONCE):
             callback = callbacks.get(fd)  # None: one of the callbacks before it gave this stream up
             if callback is not None:
                 callback()
+                if events != _MORE and fd in callbacks:
+                    self._epoll.modify(fd, _MORE)

@@ -14,8 +14,8 @@ class Received:
 
     def __init__(self) -> None:
         self.data: list[bytes] = []
-        self.stamps = array("q")  # just after the read, ns of CLOCK_MONOTONIC
-        self.kernel = bytearray()  # stamps.STAMP_BYTES a read, zeros where the kernel told none
+        self.stamps: list[int] = []  # just after the read, ns of CLOCK_MONOTONIC
+        self.kernel: list[bytes] = []  # stamps.STAMP_BYTES a read, zeros where the kernel told none
 
     @property
     def size(self) -> int:
@@ -24,11 +24,11 @@ class Received:
 
     def __reduce__(self) -> "tuple[Callable[..., Received], tuple[bytes, array[int], array[int], bytes]]":
         sizes = array("q", map(len, self.data))
-        return _unpacked, (b"".join(self.data), sizes, self.stamps, bytes(self.kernel))
+        return _unpacked, (b"".join(self.data), sizes, array("q", self.stamps), b"".join(self.kernel))
 
 
 def _unpacked(data: bytes, sizes: "array[int]", stamps: "array[int]", kernel: bytes) -> Received:
     received = Received()
     received.data = [data[a:b] for a, b in pairwise(accumulate(sizes, initial=0))]
-    received.stamps, received.kernel = stamps, bytearray(kernel)
+    received.stamps, received.kernel = list(stamps), [kernel]
     return received
