@@ -15,13 +15,11 @@ from stackrace.harness.calibrate.trial import Lab
 from stackrace.harness.load.health import Health
 from stackrace.harness.types import Record
 
-pytestmark = pytest.mark.alone
-
 MS = 1_000_000
 START = 5_000 * MS
 HEALTH = Health(0, 1.0, 0.0, 0.002, 0.003, 0.4, 0.01, 0, 0.0, 0.0, 0.0)
 RIGHT = {"kernel": 0.0001, "user": 0.001, "lag": 0.001}
-FEW = ["ladder.events=[2000]", "ladder.in_step=[16]", "ladder.requests=[200]", "ladder.request_seconds=1"]
+FEW = ["ladder.events=[1000]", "ladder.in_step=[8]", "ladder.requests=[100]", "ladder.request_seconds=1"]
 FEW += ["ladder.connections=50", "ladder.long_prompts=1", "ladder.long_outputs=1", "ladder.long_output=500"]
 
 
@@ -86,6 +84,7 @@ def test_a_limit_is_the_last_rung_before_the_first_that_is_not_right():
     assert "the mock's limit" in table.cells(slow_mock[1])
 
 
+@pytest.mark.alone
 def test_a_lab_finds_receive_times_right_and_nothing_lost():
     """The short form of what make evidence shows at 120,000 events a second."""
     with Lab(host.split_cores(1, None)) as lab:

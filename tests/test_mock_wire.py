@@ -17,8 +17,6 @@ from stackrace.backends.mock.question import Question
 from stackrace.backends.mock.script import Script
 from stackrace.harness.errors import UsageError
 
-pytestmark = pytest.mark.alone
-
 
 @pytest.fixture
 def mock(mock_engine):

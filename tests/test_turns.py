@@ -6,8 +6,6 @@ from scripted import STREAM, receive_request, scripted
 from stackrace.harness.schedule import Schedule
 from stackrace.harness.types import Request, Sampling
 
-pytestmark = pytest.mark.alone
-
 MS = 1_000_000
 
 

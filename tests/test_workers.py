@@ -77,9 +77,9 @@ def test_a_cap_holds_over_all_workers_first_come_first_served(truth, load, ask, 
 
 @pytest.mark.parametrize("workers", [2, 3])
 def test_results_do_not_depend_on_how_many_workers_there_are(truth, load, ask, workers):
-    due = np.cumsum(np.random.default_rng(1).exponential(0.01, 150)).tolist()
-    alone, _ = load(truth, ask(150, 9, due), cores=cores())
-    together, _ = load(truth, ask(150, 9, due), workers=workers, cores=cores())
+    due = np.cumsum(np.random.default_rng(1).exponential(0.01, 80)).tolist()
+    alone, _ = load(truth, ask(80, 9, due), cores=cores())
+    together, _ = load(truth, ask(80, 9, due), workers=workers, cores=cores())
     for one, other in zip(alone, together, strict=True):
         assert (one.id, one.due, one.slot) == (other.id, other.due, other.slot)
         assert one.output_ids == other.output_ids

@@ -16,7 +16,7 @@ from stackrace.harness.load.received import Received
 
 MAX_IDLE = 4 * SECOND  # vLLM and SGLang close an idle connection after 5 s
 READ_BYTES = 16384  # asking for more costs each small read
-_AT_ONCE = 256  # connections that are opened side by side: a server's backlog is not endless
+_AT_ONCE = 8  # connections that are opened or closed before the loop looks at what is due
 
 
 @dataclass(slots=True, eq=False)
@@ -137,7 +137,10 @@ class Connections:
         """Close what has idled too long and open what is missing to have `number` connections idle."""
         expired = now() - MAX_IDLE
         while self._idle and self._idle[0].idle_since < expired:
-            self._idle.popleft().close()
+            for _ in range(min(_AT_ONCE, len(self._idle))):
+                if self._idle[0].idle_since < expired:
+                    self._idle.popleft().close()
+            await asyncio.sleep(0)
         missing = number - len(self._idle) - self._opening
         if missing > 0:
             self._opening += missing
