@@ -8,7 +8,7 @@ import io
 import sys
 
 from evidence import holding, overload, queue_verdicts, rate_search, receiving
-from evidence.page import put
+from evidence.page import check, put
 
 
 def printed(run, *args):
@@ -32,6 +32,8 @@ def main(names):
     for name in names or PROOFS:
         if name not in PROOFS:
             sys.exit(f"no proof is called {name!r}: give one of {', '.join(PROOFS)}")
+        check(name)
+    for name in names or PROOFS:
         put(name, PROOFS[name](), f"make evidence PROOF='{name}'")
 
 

@@ -10,18 +10,24 @@ from stackrace.harness.calibrate.calibration import machine
 PAGE = Path(__file__).parents[2] / "docs" / "methodology.md"
 
 
+def check(name):
+    """Before anything is measured: there is a place for it."""
+    if not _place(name).search(PAGE.read_text()):
+        raise SystemExit(f"{PAGE} has no place for {name}: write <!-- {name} --> and <!-- end of {name} --> into it")
+
+
 def put(name, text, command):
     """Replace what stands there; the machine, the date and the command go with it."""
     seen = machine()
     where = f"{seen['cpu']}, {len(host.usable_cores())} cores, Linux {seen['kernel']}, Python {seen['python']}"
     note = f"Measured on {datetime.now(UTC).date()}, {where}; `{command}`."
     block = f"<!-- {name} -->\n{text.strip()}\n\n{note}\n<!-- end of {name} -->"
-    page = PAGE.read_text()
-    marked = re.compile(rf"<!-- {name} -->.*?<!-- end of {name} -->", re.DOTALL)
-    if not marked.search(page):
-        raise SystemExit(f"{PAGE} has no place for {name}: write <!-- {name} --> and <!-- end of {name} --> into it")
-    PAGE.write_text(marked.sub(lambda _: block, page))
+    PAGE.write_text(_place(name).sub(lambda _: block, PAGE.read_text()))
     print(block, flush=True)
+
+
+def _place(name):
+    return re.compile(rf"<!-- {name} -->.*?<!-- end of {name} -->", re.DOTALL)
 
 
 def table(head, rows):
