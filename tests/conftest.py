@@ -81,14 +81,15 @@ def processes_of(tmp_path):
 def load(tmp_path):
     """`load(endpoint, schedule, concurrency=...)` races a schedule; returns records (ids: positions) and healths."""
     from stackrace.harness import host
-    from stackrace.harness.load.generator import LoadGenerator
-    from stackrace.harness.load.health import Health
-    from stackrace.harness.load.messages import Finished, Job
+    from stackrace.harness.load.generator import collect
+    from stackrace.harness.load.messages import Job
     from stackrace.harness.schedule import Schedule
 
     def run(endpoint, schedule, **changes):
-        schedule.save(tmp_path / "schedule.parquet")
+        path = tmp_path / "schedule.parquet"
+        schedule.save(path)
         settings = {
+            "sessions": len(schedule.sessions),
             "warmup": Schedule((), ()),
             "warmup_concurrency": 1,
             "concurrency": None,
@@ -101,15 +102,9 @@ def load(tmp_path):
             "cores": host.usable_cores()[-1:],
             "parser_cores": host.usable_cores(),
         }
-        job = Job(endpoint=endpoint, schedule=tmp_path / "schedule.parquet", **{**settings, **changes})
-        records, health = {}, []
-        with LoadGenerator(job) as generator:
-            for message in generator.messages(0.5):
-                if isinstance(message, Health):
-                    health.append(message)
-                elif isinstance(message, Finished):
-                    records[message.record.id] = message.record
-        return [records[i] for i in sorted(records)], health
+        job = Job(endpoint=endpoint, schedule=path, **{**settings, **changes})
+        found = collect(job)
+        return sorted(found.records, key=lambda r: r.id), found.health
 
     return run
 

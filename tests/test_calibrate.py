@@ -9,10 +9,11 @@ import pytest
 
 from stackrace.harness import host
 from stackrace.harness.calibrate import calibration, table
-from stackrace.harness.calibrate.ladder import Ladders, Rung, limits
+from stackrace.harness.calibrate.ladder import Rung, in_step, limits, staggered
 from stackrace.harness.calibrate.outcome import Spread, compare
 from stackrace.harness.calibrate.trial import Lab
 from stackrace.harness.load.health import Health
+from stackrace.harness.observed import busiest_second
 from stackrace.harness.types import Record
 
 MS = 1_000_000
@@ -88,8 +89,8 @@ def test_a_limit_is_the_last_rung_before_the_first_that_is_not_right():
 def test_a_lab_finds_receive_times_right_and_nothing_lost():
     """The short form of what make evidence shows at 120,000 events a second."""
     with Lab(host.split_cores(1, None)) as lab:
-        ladders = Ladders(lab, {"stream_rate": 50, "seconds": 2, "ramp": 1}, RIGHT)
-        spread, step = lab.trial(ladders.staggered(10_000, 1)), lab.trial(ladders.in_step(100, 1))
+        settings = {"stream_rate": 50, "seconds": 2, "ramp": 1}
+        spread, step = lab.trial(staggered(settings, 10_000)), lab.trial(in_step(settings, 100))
     for outcome in (spread, step):
         assert (outcome.failed, outcome.lost) == (0, 0)
         assert outcome.stamped
@@ -140,6 +141,4 @@ def test_settings_that_cannot_be_are_one_line(stackrace, override, words):
 
 def test_the_busiest_second_counts():
     times = np.concatenate([np.linspace(0, 1, 100, endpoint=False), np.linspace(1, 2, 1000, endpoint=False)])
-    from stackrace.harness.calibrate.outcome import _busiest
-
-    assert _busiest(times) == pytest.approx(1000, abs=2)
+    assert busiest_second(times) == pytest.approx(1000, abs=2)

@@ -5,7 +5,7 @@ from evidence.page import ms, table
 
 from stackrace.harness import host
 from stackrace.harness.calibrate import trial as lab_of
-from stackrace.harness.calibrate.ladder import Ladders
+from stackrace.harness.calibrate.ladder import in_step as streams_in_step
 from stackrace.harness.calibrate.trial import Asked, Lab, ask
 
 LADDER = {"stream_rate": 50, "seconds": 6, "ramp": 1}
@@ -15,7 +15,7 @@ def in_step(lab):
     """256 and 1,024 streams of 50 tokens a second each."""
     rows = []
     for streams in (256, 1024):
-        o = lab.trial(Ladders(lab, LADDER, {}).in_step(streams, 1))
+        o = lab.trial(streams_in_step(LADDER, streams))
         errors = [ms(o.ttft), ms(o.tpot), ms(o.itl), " / ".join(map(ms, o.user))]
         rows.append([f"{streams:,} in step, 50 tokens/s each", o.failed, o.lost, *errors])
     head = ["streams", "failed", "lost", "TTFT p99 error", "TPOT p99 error", "ITL p99 error", "user stamps would be"]

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import threading
 import time
-from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -18,24 +17,23 @@ from omegaconf import OmegaConf
 from stackrace.harness import host
 from stackrace.harness import records as rows_of
 from stackrace.harness.calibrate import trial as lab_of
-from stackrace.harness.calibrate.ladder import Ladders
+from stackrace.harness.calibrate.ladder import in_step, staggered
 from stackrace.harness.calibrate.outcome import compare
 from stackrace.harness.calibrate.trial import Asked, Lab, ask
 from stackrace.harness.summary import summarize
 from stackrace.harness.validity import judge
 
 LADDER = {"stream_rate": 50, "seconds": 3, "ramp": 1}
-LADDERS = Ladders(SimpleNamespace(), LADDER, {})
 
 
 def spread(rate):
     """Events a second, streams spread over time."""
-    return LADDERS.staggered(rate, 1)
+    return staggered(LADDER, rate)
 
 
 def step(streams):
     """Streams in step."""
-    return LADDERS.in_step(streams, 1)
+    return in_step(LADDER, streams)
 
 
 def requests(rate, seconds=3):

@@ -17,7 +17,7 @@ from evidence.page import ms, table
 
 from stackrace.harness import host
 from stackrace.harness.calibrate import trial as lab_of
-from stackrace.harness.calibrate.ladder import Ladders
+from stackrace.harness.calibrate.ladder import staggered
 from stackrace.harness.calibrate.trial import Lab
 from stackrace.harness.summary import quantile
 
@@ -31,7 +31,7 @@ BENCH = os.environ.get("VLLM_BENCH")
 def load(rate):
     """Streams of 50 events a second, or 100 slower ones: a p99 needs 100."""
     ladder = {"stream_rate": min(50, rate / 100), "seconds": SECONDS, "ramp": RAMP}
-    return Ladders(None, ladder, {}).staggered(rate, 1)
+    return staggered(ladder, rate)
 
 
 def ours(lab, rate):

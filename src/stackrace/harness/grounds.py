@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from stackrace.harness.growth import Growth, growth
-from stackrace.harness.observed import Mask, Observed
+from stackrace.harness.observed import Mask, Observed, busiest_second
 from stackrace.harness.summary import Summary
 
 CLIENT = {
@@ -90,11 +90,10 @@ def _load(run: Observed, meta: Mapping[str, Any]) -> float | None:
     """Chunks in the busiest second, as a share of what calibration found the workers to keep up with."""
     limits = (meta.get("calibration") or {}).get("limits", {})
     client = meta.get("load_generator", {})
-    limit = limits.get("events_per_s", {}).get(client.get("stamps"))
+    limit: float | None = limits.get("events_per_s", {}).get(client.get("stamps"))
     if not limit or not run.times:
         return None
-    seconds, chunks = np.unique(np.floor(np.concatenate(run.times)), return_counts=True)
-    return float(chunks.max() / (limit * len(client["workers"]))) if len(seconds) else None
+    return busiest_second(np.concatenate(run.times)) / (limit * len(client["workers"]))
 
 
 def _worst(meta: Mapping[str, Any], name: str) -> float | None:

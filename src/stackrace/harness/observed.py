@@ -142,6 +142,14 @@ class Observed:
         return _mean_between(self.column("sent"), self.column("end"), window)
 
 
+def busiest_second(times: Floats) -> float:
+    """The most events (times in s, shape [n]) that came within one second."""
+    if not len(times):
+        return 0.0
+    order = np.sort(times)
+    return float((np.arange(len(order)) - np.searchsorted(order, order - 1.0)).max() + 1)
+
+
 def _mean_between(begins: Floats, ends: Floats, window: Window) -> float:
     """How many of the intervals cover a moment of the window, on average; an interval with a NaN covers none."""
     covered = np.minimum(ends, window.end) - np.maximum(begins, window.begin)

@@ -107,6 +107,7 @@ class _Run:
         self._began = now()
         self._standing = Standing(total=len(point.due))
         self._requests: tuple[Request, ...] = ()
+        self._sessions = 0
         self._endpoint: Endpoint | None = None
         self._in_flight: dict[int, int] = {}  # by worker
         self._health: list[Health] = []
@@ -118,7 +119,7 @@ class _Run:
         self._watch(self._standing)
         schedule = self._point.schedule()
         schedule.save(self._point.folder / "schedule.parquet")
-        self._requests = schedule.requests
+        self._requests, self._sessions = schedule.requests, len(schedule.sessions)
         engine = self._launch(garage)
         self._standing.phase = "warming up"
         with LoadGenerator(self._job(engine)) as generator:
@@ -174,6 +175,7 @@ class _Run:
         return Job(
             endpoint=engine.endpoint,
             schedule=point.folder / "schedule.parquet",
+            sessions=self._sessions,
             warmup=point.warmup(),
             warmup_concurrency=config["warmup"]["concurrency"],
             concurrency=config["concurrency"],

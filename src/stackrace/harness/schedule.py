@@ -60,6 +60,15 @@ class Schedule:
         return digest.hexdigest()
 
     @cached_property
+    def sessions(self) -> list[list[int]]:
+        """Positions of each session's turns, sessions in the order of their first; a request without one is one."""
+        found: dict[object, list[int]] = {}
+        for position, request in enumerate(self.requests):
+            key = ("request", position) if request.session is None else ("session", request.session)
+            found.setdefault(key, []).append(position)
+        return [sorted(positions, key=lambda p: self.requests[p].turn or 0) for positions in found.values()]
+
+    @cached_property
     def repeated_tokens(self) -> int:
         """Prompt tokens that continue a prefix which an earlier prompt has, too: what a perfect prefix cache saves.
 

@@ -12,7 +12,7 @@ import orjson
 
 from stackrace.harness.errors import UsageError, require
 from stackrace.harness.types import Request
-from stackrace.workloads.skipped import Skipped, absolute, cannot_read, check_policy
+from stackrace.workloads.skipped import Skipped, absolute, cannot_read, check_max_tokens, check_policy
 from stackrace.workloads.text import Encoder
 from stackrace.workloads.think import Think
 from stackrace.workloads.tokens import Sampled
@@ -41,8 +41,7 @@ class ShareGPT(Sampled):
     def __post_init__(self) -> None:
         super().__post_init__()
         require("workload.max_turns", self.max_turns, int, lambda v: v > 0, "a whole number above 0")
-        if self.max_tokens is not None:
-            require("workload.max_tokens", self.max_tokens, int, lambda v: v > 1, "a whole number above 1, or null")
+        check_max_tokens(self.max_tokens)
         check_policy("workload.on_bad_entry", self.on_bad_entry)
 
     def requests(self, rng: np.random.Generator) -> Iterator[Request]:

@@ -38,6 +38,12 @@ def check_policy(setting: str, policy: str) -> None:
     require(setting, policy, str, lambda v: v in ("error", "skip"), "error or skip")
 
 
+def check_max_tokens(tokens: int | None) -> None:
+    """UsageError unless it is a limit on prompt and output together, or None for no limit."""
+    if tokens is not None:
+        require("workload.max_tokens", tokens, int, lambda v: v > 1, "a whole number above 1, or null")
+
+
 def cannot_read(path: str, error: OSError) -> UsageError:
     """The error for a data set that is not there."""
     return UsageError(f"workload.path={path}: {error.strerror or error}: give the path of a file")

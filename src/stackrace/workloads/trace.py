@@ -12,7 +12,7 @@ import numpy as np
 from stackrace.harness.clock import SECOND
 from stackrace.harness.errors import UsageError, require
 from stackrace.harness.types import Request
-from stackrace.workloads.skipped import Skipped, absolute, cannot_read, check_policy
+from stackrace.workloads.skipped import Skipped, absolute, cannot_read, check_max_tokens, check_policy
 from stackrace.workloads.tokens import RandomTokens
 from stackrace.workloads.trace_formats import BLOCK, Format, Line, Parse
 
@@ -42,8 +42,7 @@ class Trace(RandomTokens):
         require("workload.begin", self.begin, number, lambda v: 0 <= v < inf, "a number of seconds, 0 or more")
         if self.seconds is not None:
             require("workload.seconds", self.seconds, number, lambda v: v > 0, "a number of seconds above 0, or null")
-        if self.max_tokens is not None:
-            require("workload.max_tokens", self.max_tokens, int, lambda v: v > 1, "a whole number above 1, or null")
+        check_max_tokens(self.max_tokens)
         check_policy("workload.on_bad_line", self.on_bad_line)
 
     def requests(self, rng: np.random.Generator) -> Iterator[Request]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,23 @@ class Rung:
         return self.is_whole and p99 is not None and p99 <= limit
 
 
+def staggered(settings: Mapping[str, Any], rate: float, workers: int = 1) -> Asked:
+    """So many events a second, the streams spread over time."""
+    return _streams(settings, max(1, round(rate / settings["stream_rate"])), workers, in_step=False)
+
+
+def in_step(settings: Mapping[str, Any], streams: int, workers: int = 1) -> Asked:
+    """So many streams that all send at once."""
+    return _streams(settings, streams, workers, in_step=True)
+
+
+def _streams(s: Mapping[str, Any], number: int, workers: int, in_step: bool) -> Asked:
+    due = np.linspace(0, s["ramp"], number, endpoint=False).tolist()
+    schedule = ask(number, round(s["seconds"] * s["stream_rate"]), due)
+    mock = {"ttft": _TTFT, "gap": 1 / s["stream_rate"], "in_step": str(in_step).lower()}
+    return Asked(mock=mock, schedule=schedule, workers=workers)
+
+
 class Ladders:
     """All of them, one after the other."""
 
@@ -44,9 +62,9 @@ class Ladders:
     def climb(self, workers: Sequence[int]) -> Iterator[Rung]:
         """Rung by rung, as they are measured."""
         for n in workers:
-            yield from self._while_right("events", n, self._s["events"], self.staggered)
+            yield from self._while_right("events", n, self._s["events"], partial(staggered, self._s))
         for n in workers:
-            yield from self._while_right("in step", n, self._s["in_step"], self.in_step)
+            yield from self._while_right("in step", n, self._s["in_step"], partial(in_step, self._s))
         yield from self._while_right("requests", 1, self._s["requests"], self._requests)
         yield self._rung("connections", 1, self._s["connections"], self._connections())
         yield self._rung("long prompts", 1, self._s["long_prompt"], self._long_prompts())
@@ -64,21 +82,6 @@ class Ladders:
 
     def _rung(self, ladder: str, workers: int, load: float, asked: Asked) -> Rung:
         return Rung(ladder=ladder, workers=workers, load=load, outcome=self._lab.trial(asked))
-
-    def staggered(self, rate: float, workers: int) -> Asked:
-        """So many events a second, the streams spread over time."""
-        return self._streams(max(1, round(rate / self._s["stream_rate"])), workers, in_step=False)
-
-    def in_step(self, streams: int, workers: int) -> Asked:
-        """So many streams that all send at once."""
-        return self._streams(streams, workers, in_step=True)
-
-    def _streams(self, number: int, workers: int, in_step: bool) -> Asked:
-        s = self._s
-        due = np.linspace(0, s["ramp"], number, endpoint=False).tolist()
-        schedule = ask(number, round(s["seconds"] * s["stream_rate"]), due)
-        mock = {"ttft": _TTFT, "gap": 1 / s["stream_rate"], "in_step": str(in_step).lower()}
-        return Asked(mock=mock, schedule=schedule, workers=workers)
 
     def _requests(self, rate: float, workers: int) -> Asked:
         n = round(rate * self._s["request_seconds"])

@@ -5,14 +5,13 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from stackrace.harness.clock import SECOND
 from stackrace.harness.load.health import Health
+from stackrace.harness.observed import busiest_second
+from stackrace.harness.settling import Floats
 from stackrace.harness.summary import quantile
 from stackrace.harness.types import Record
-
-Floats = npt.NDArray[np.float64]
 
 
 class Spread(NamedTuple):
@@ -87,7 +86,7 @@ def compare(
         failed=sum(r.error is not None for r in records),
         events=events,
         lost=events - sum(len(p.true) for p in pairs),
-        events_per_s=_busiest(_pool(p.true for p in pairs)),
+        events_per_s=busiest_second(_pool(p.true for p in pairs)),
         kernel=Spread.of(_pool(p.error for p in pairs)),
         user=Spread.of(_pool(p.error + p.lateness for p in pairs)),
         coalesced=float(_pool(p.coalesced for p in pairs).mean()) if pairs else 0.0,
@@ -113,14 +112,6 @@ def _difference(said: Iterable[float], true: Iterable[float]) -> float | None:
     """Of the two p99."""
     p99 = [quantile(np.array(list(values)), 0.99) for values in (said, true)]
     return None if p99[0] is None or p99[1] is None else p99[0] - p99[1]
-
-
-def _busiest(times: Floats) -> float:
-    """Events of the busiest second."""
-    if not len(times):
-        return 0.0
-    order = np.sort(times)
-    return float((np.arange(len(order)) - np.searchsorted(order, order - 1.0)).max() + 1)
 
 
 def _rate(times: Floats) -> float | None:

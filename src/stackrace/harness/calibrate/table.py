@@ -48,12 +48,6 @@ def rich_table() -> Table:
     return Table(*COLUMNS, box=None)
 
 
-def markdown(rungs: list[Rung]) -> str:
-    """The same for docs."""
-    rows = [COLUMNS, ("---",) * len(COLUMNS), *map(cells, rungs)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-
-
 def in_words(found: Mapping[str, Any]) -> str:
     """What one worker keeps up with."""
     limits, right = found["limits"], found["right"]

@@ -2,7 +2,7 @@
 
 import http.client
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -15,16 +15,13 @@ from stackrace.backends.garage import Garage
 from stackrace.harness import host
 from stackrace.harness.calibrate.outcome import Outcome, compare
 from stackrace.harness.clock import SECOND
-from stackrace.harness.errors import LoadGeneratorDied
-from stackrace.harness.load.generator import LoadGenerator
-from stackrace.harness.load.health import Health
-from stackrace.harness.load.messages import Finished, Job, Started
+from stackrace.harness.load.generator import Collected, collect
+from stackrace.harness.load.messages import Job
 from stackrace.harness.point import build_backend
 from stackrace.harness.schedule import Schedule
-from stackrace.harness.types import Endpoint, Record, Request, Sampling
+from stackrace.harness.types import Endpoint, Request, Sampling
 
-_LISTEN = 0.5  # seconds
-_PATIENCE = 60.0
+_PATIENCE = 60.0  # seconds
 _LONGEST = 600.0
 
 
@@ -36,16 +33,6 @@ class Asked:
     schedule: Schedule
     workers: int = 1
     concurrency: int | None = None
-
-
-@dataclass
-class Heard:
-    """Start (ns of the clock), records (times after it, ids: positions), every worker's health."""
-
-    start: int = 0
-    records: list[Record] = field(default_factory=list)
-    health: list[Health] = field(default_factory=list)
-    stamped: bool = True
 
 
 class Lab:
@@ -80,23 +67,11 @@ class Lab:
         backend, _ = build_backend(cfg)
         return self._garage.engine(backend, Path(self._folder.name, "mock"), self._cores.engine[:1], 0).endpoint
 
-    def race(self, asked: Asked, endpoint: Endpoint) -> Heard:
+    def race(self, asked: Asked, endpoint: Endpoint) -> Collected:
         """What the load generator tells of a trial."""
         path = Path(self._folder.name, "schedule.parquet")
         asked.schedule.save(path)
-        heard = Heard()
-        with LoadGenerator(_job(asked, endpoint, path, self._cores)) as generator:
-            for message in generator.messages(_LISTEN):
-                if isinstance(message, Started):
-                    heard.start = message.start
-                elif isinstance(message, Finished):
-                    heard.records.append(message.record)
-                    heard.stamped &= message.stamped
-                elif isinstance(message, Health):
-                    heard.health.append(message)
-        if len(heard.health) < asked.workers:
-            raise LoadGeneratorDied("the load generator ended before the trial was over")
-        return heard
+        return collect(_job(asked, endpoint, path, self._cores))
 
 
 def ask(number: int, tokens: int, due: list[float], prompt_tokens: int = 4) -> Schedule:
@@ -110,6 +85,7 @@ def _job(asked: Asked, endpoint: Endpoint, path: Path, cores: host.Cores) -> Job
     return Job(
         endpoint=endpoint,
         schedule=path,
+        sessions=len(asked.schedule.sessions),
         warmup=Schedule((), ()),
         warmup_concurrency=1,
         concurrency=asked.concurrency,

@@ -136,11 +136,12 @@ class Connections:
     async def keep_ready(self, number: int) -> None:
         """Close what has idled too long and open what is missing to have `number` connections idle."""
         expired = now() - MAX_IDLE
+        closed = 0
         while self._idle and self._idle[0].idle_since < expired:
-            for _ in range(min(_AT_ONCE, len(self._idle))):
-                if self._idle[0].idle_since < expired:
-                    self._idle.popleft().close()
-            await asyncio.sleep(0)
+            self._idle.popleft().close()
+            closed += 1
+            if closed % _AT_ONCE == 0:
+                await asyncio.sleep(0)
         missing = number - len(self._idle) - self._opening
         if missing > 0:
             self._opening += missing

@@ -9,17 +9,19 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import IO
 
 from stackrace.harness.clock import SECOND, now
 from stackrace.harness.errors import LoadGeneratorDied
 from stackrace.harness.load import messages
-from stackrace.harness.load.messages import Go, Job, Message, Ready, Tick, WorkerJob
-from stackrace.harness.load.plan import Share
+from stackrace.harness.load.health import Health
+from stackrace.harness.load.messages import Finished, Go, Job, Message, Ready, Started, Tick, WorkerJob
 from stackrace.harness.load.slots import SlotTable
-from stackrace.harness.schedule import Schedule
+from stackrace.harness.types import Record
 
 _HEAD_START = SECOND // 20
+_LISTEN = 0.5  # seconds
 _PIPE_BYTES = 1 << 20
 _F_SETPIPE_SZ = getattr(fcntl, "F_SETPIPE_SZ", None)
 
@@ -142,8 +144,34 @@ class LoadGenerator:
             self._inbox.put(None)
 
 
+@dataclass
+class Collected:
+    """What one race told: its start (ns of the clock), records (times after it, ids: positions), workers' health."""
+
+    start: int = 0
+    records: list[Record] = field(default_factory=list)
+    health: list[Health] = field(default_factory=list)
+    stamped: bool = True  # by the kernel, all of it
+
+
+def collect(job: Job) -> Collected:
+    """Run a job to its end. Raises LoadGeneratorDied."""
+    found = Collected()
+    with LoadGenerator(job) as generator:
+        for message in generator.messages(_LISTEN):
+            if isinstance(message, Started):
+                found.start = message.start
+            elif isinstance(message, Finished):
+                found.records.append(message.record)
+                found.stamped &= message.stamped
+            elif isinstance(message, Health):
+                found.health.append(message)
+    if len(found.health) < job.workers:
+        raise LoadGeneratorDied("the load generator ended before the race was over")
+    return found
+
+
 def _slots(job: Job) -> SlotTable | None:
     if job.concurrency is None:
         return None
-    tickets = Share.of(Schedule.load(job.schedule), 0, job.workers).tickets
-    return SlotTable.make(job.concurrency, tickets, job.workers)
+    return SlotTable.make(job.concurrency, job.sessions, job.workers)

@@ -26,6 +26,7 @@ class Job:
 
     endpoint: Endpoint
     schedule: Path
+    sessions: int  # of the schedule
     warmup: Schedule
     warmup_concurrency: int
     concurrency: int | None

@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 from stackrace.harness.clock import SECOND
 from stackrace.harness.schedule import Schedule
-from stackrace.harness.types import Request
 
 
 class Start(NamedTuple):
@@ -45,7 +44,6 @@ class Share:
 
     starts: list[Start]  # due: nanoseconds after the start of the race
     following: dict[int, Turn]
-    tickets: int  # of all workers together
 
     @property
     def positions(self) -> list[int]:
@@ -55,21 +53,11 @@ class Share:
     @classmethod
     def of(cls, schedule: Schedule, worker: int, workers: int) -> "Share":
         """The share of worker number `worker` of `workers`."""
-        sessions = _sessions(schedule.requests)
         starts, following = [], {}
-        for ticket, positions in enumerate(sessions):
+        for ticket, positions in enumerate(schedule.sessions):
             if ticket % workers != worker:
                 continue
             starts.append(Start(positions[0], ticket, schedule.due[positions[0]]))
             for before, position in pairwise(positions):
                 following[before] = Turn(position, round(schedule.requests[position].think * SECOND))
-        return cls(starts, following, len(sessions))
-
-
-def _sessions(requests: tuple[Request, ...]) -> list[list[int]]:
-    """Positions of each session's turns, sessions in the order of their first turns."""
-    found: dict[object, list[int]] = {}
-    for position, request in enumerate(requests):
-        key = ("request", position) if request.session is None else ("session", request.session)
-        found.setdefault(key, []).append(position)
-    return [sorted(positions, key=lambda p: requests[p].turn or 0) for positions in found.values()]
+        return cls(starts, following)

@@ -61,7 +61,7 @@ class Worker:
         either: list[asyncio.Future[Any]] = [self._go, self._stop]
         await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         if not self._stop.done():
-            await self._race(_plan(job, share, payloads, is_closed, self._go.result()))
+            await self._race(_plan(job, share, payloads, is_closed, self._go.result(), job.seconds))
         self._alarms.close()
         self._readiness.close()
         self._connections.close()
@@ -83,9 +83,9 @@ class Worker:
         begin, schedule = now(), self._job.warmup
         share = Share.of(schedule, 0, 1)
         payloads = {p: request_bytes(self._job.endpoint, r) for p, r in enumerate(schedule.requests)}
-        table = SlotTable.make(self._job.warmup_concurrency, share.tickets, 1)
+        table = SlotTable.make(self._job.warmup_concurrency, len(schedule.sessions), 1)
         captures: list[Capture] = []
-        plan = _plan(self._job, share, payloads, True, begin, seconds=None)
+        plan = _plan(self._job, share, payloads, True, begin, None)
         driver = self._driver(plan, Slots(table, 0), captures.append)
         await self._run_until_stopped(driver)
         table.close()
@@ -118,9 +118,8 @@ class Worker:
 
 
 def _plan(
-    job: Job, share: Share, payloads: dict[int, bytes], is_closed: bool, start: int, **changes: float | None
+    job: Job, share: Share, payloads: dict[int, bytes], is_closed: bool, start: int, seconds: float | None
 ) -> Plan:
-    seconds = changes.get("seconds", job.seconds)
     return Plan(
         payloads=payloads,
         starts=[s._replace(due=start + s.due) for s in share.starts],
