@@ -4,12 +4,14 @@ import asyncio
 import contextlib
 import socket
 import threading
+from collections import defaultdict
 
 from stackrace.harness.clock import Alarms, now
 from stackrace.harness.load.connections import Connections
 from stackrace.harness.load.driver import Driver
 from stackrace.harness.load.plan import Plan, Start
 from stackrace.harness.load.readiness import Readiness
+from stackrace.harness.load.received import Journal, Received, hand_out
 from stackrace.harness.load.request import request_bytes
 from stackrace.harness.load.slots import Slots, SlotTable
 from stackrace.harness.types import Endpoint, Request, Sampling
@@ -64,8 +66,8 @@ def reset(connection):
 
 
 def drive(endpoint, n, concurrency, on_end):
-    """Drive n requests in this process; returns the captures."""
-    captures = []
+    """Drive n requests in this process; returns the captures and, by position, what was received."""
+    captures, journal, received = [], Journal(), defaultdict(Received)
 
     def keep(capture):
         captures.append(capture)
@@ -87,11 +89,12 @@ def drive(endpoint, n, concurrency, on_end):
         )
         connections = Connections(endpoint.url, 5.0)
         readiness = Readiness(asyncio.get_running_loop())
-        await Driver(plan, Slots(table, 0), alarms, readiness, connections, keep).run()
+        await Driver(plan, Slots(table, 0), alarms, readiness, connections, journal, keep).run()
         readiness.close()
         table.close()
         alarms.close()
         connections.close()
 
     asyncio.run(run())
-    return captures
+    hand_out(journal.take(len(journal)), received)
+    return captures, received

@@ -116,7 +116,7 @@ def test_the_slot_is_free_when_the_last_request_ended_not_when_the_client_notice
             connection.sendall(STREAM)
 
     with scripted(handle) as endpoint:
-        captures = drive(endpoint, 4, concurrency=1, on_end=lambda capture: time.sleep(0.02))
+        captures, _ = drive(endpoint, 4, concurrency=1, on_end=lambda capture: time.sleep(0.02))
     ends = [c.end for c in captures]
     assert [c.slot for c in captures[1:]] == ends[:-1]
 

@@ -112,6 +112,5 @@ def test_a_second_response_is_none_of_the_first():
 
 def test_a_response_that_breaks_off_after_an_interim_one_is_not_complete():
     pieces = [b"HTTP/1.1 100 Continue\r\n\r\n" + VALID[:-20]]
-    read = list(pieces)
-    assert not EndOfResponse(read).is_here()
+    assert not EndOfResponse().is_here(pieces[0])
     assert not parse(pieces).complete

@@ -2,6 +2,7 @@
 
 import pickle
 import time
+from collections import defaultdict
 
 import numpy as np
 import pytest
@@ -11,8 +12,9 @@ from stackrace.harness.clock import now
 from stackrace.harness.load import stamps
 from stackrace.harness.load.driver import Capture
 from stackrace.harness.load.messages import Offsets, Started
+from stackrace.harness.load.outbox import Parcel
 from stackrace.harness.load.parser import Parser, record
-from stackrace.harness.load.received import Received
+from stackrace.harness.load.received import Journal, Received, hand_out
 from stackrace.harness.load.stamps import Offset
 
 pytestmark = pytest.mark.alone
@@ -54,33 +56,53 @@ def test_a_stamp_is_never_later_than_the_read():
     assert found.tolist() == [500]
 
 
-def capture_of(*pieces):
-    received = Received()
-    received.data += pieces
-    received.stamps.extend(range(100, 100 + len(pieces)))
-    received.kernel += [bytes(16)] * len(pieces)
-    return Capture(0, 0, 0, 0, 0, 200, 0, False, None, received)
+CAPTURE = Capture(0, 0, 0, 0, 0, 200, 0, False, None)
+
+
+def journal_of(*pieces, position=0):
+    journal = Journal()
+    for stamp, piece in enumerate(pieces, start=100):
+        journal.positions.append(position)
+        journal.stamps.append(stamp)
+        journal.kernel.append(bytes(16))
+        journal.data.append(piece)
+    return journal
 
 
 def test_chunks_of_one_read_are_marked_but_for_the_last():
-    finished, stamped = record(capture_of(HEAD + event(1), event(2) + event(3) + event(4), event(5) + END), 0, [])
+    received = defaultdict(Received)
+    hand_out(journal_of(HEAD + event(1), event(2) + event(3) + event(4), event(5) + END).take(9), received)
+    finished, stamped = record(CAPTURE, received[0], 0, [])
     assert finished.chunk_times == [100, 101, 101, 101, 102]
     assert finished.chunk_coalesced == [False, True, True, False, False]
     assert finished.chunk_lateness is None
     assert not stamped
 
 
-def test_what_was_received_survives_its_way_to_the_parser():
-    before = capture_of(HEAD, event(1), b"", END).received
-    after = pickle.loads(pickle.dumps(before))
-    assert (after.data, after.stamps, b"".join(after.kernel)) == (before.data, before.stamps, b"".join(before.kernel))
+def test_each_request_gets_what_was_read_for_it_whatever_the_parcels():
+    pieces = {7: [HEAD, event(1), END], 8: [HEAD + event(2), b"", END]}
+    journal = Journal()
+    for i in range(3):
+        for position in pieces:
+            one = journal_of(pieces[position][i], position=position)
+            for column in Journal.__slots__:
+                getattr(journal, column).extend(getattr(one, column))
+    journal.stamps[:] = range(10, 16)
+    received = defaultdict(Received)
+    while journal:
+        hand_out(pickle.loads(pickle.dumps(journal.take(4))), received)
+    assert {position: r.data for position, r in received.items()} == pieces
+    assert (received[7].stamps, received[8].stamps) == ([10, 12, 14], [11, 13, 15])
+    assert received[8].kernel == [bytes(16)] * 3
 
 
 def test_captures_wait_for_the_clocks_after_them():
     parser = Parser()
     assert list(parser.take(Started(0, 50))) == [Started(0, 50)]
     assert list(parser.take(Offsets([Offset(0, 0, 1)]))) == []
-    assert list(parser.take(capture_of(HEAD + event(1), END))) == []
+    journal = journal_of(HEAD + event(1), END)
+    assert list(parser.take(Parcel(journal.take(1), []))) == []
+    assert list(parser.take(Parcel(journal.take(1), [CAPTURE]))) == []
     (finished,) = parser.take(Offsets([Offset(500, 0, 1)]))
     assert finished.record.chunk_times == [50]
     assert list(parser.finish()) == []
@@ -100,9 +122,9 @@ def test_a_busy_client_is_late_and_says_by_how_much_but_its_times_are_right():
         connection.sendall(END)
 
     with scripted(handle) as endpoint:
-        captures = drive(endpoint, 10, concurrency=10, on_end=lambda capture: time.sleep(0.06))
+        captures, received = drive(endpoint, 10, concurrency=10, on_end=lambda capture: time.sleep(0.06))
     offsets.append(stamps.sample_offset())
-    finished = [record(capture, 0, offsets) for capture in captures]
+    finished = [record(capture, received[capture.position], 0, offsets) for capture in captures]
     assert all(f.stamped for f in finished)
     error = np.array([f.record.chunk_times[0] - sent[f.record.output_ids[0]] for f in finished])
     assert error.min() >= 0

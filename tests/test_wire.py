@@ -30,13 +30,8 @@ def usage(n_out, n_in=3):
 
 def ends_of(pieces):
     """Whether the response seemed to end with each of the pieces."""
-    read = []
-    ends = EndOfResponse(read)
-    found = []
-    for piece in pieces:
-        read.append(piece)
-        found.append(ends.is_here())
-    return found, ends
+    ends = EndOfResponse()
+    return [ends.is_here(piece) for piece in pieces], ends
 
 
 DONE = b"data: [DONE]\n\n"

@@ -94,11 +94,8 @@ def corrupted(data, edits):
 
 def heard(pieces):
     """The answer, in which nothing contradicts anything, and when its end was seen: neither may raise."""
-    read, ends = [], []
-    watch = EndOfResponse(read)
-    for piece in pieces:
-        read.append(piece)
-        ends.append(watch.is_here())
+    watch = EndOfResponse()
+    ends = [watch.is_here(piece) for piece in pieces]
     answer = parse(pieces)
     assert len(answer.chunk_reads) == len(answer.chunk_tokens), "as many reads as chunks"
     assert answer.chunk_reads == sorted(answer.chunk_reads), "chunks in the order of their reads"

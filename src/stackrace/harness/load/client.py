@@ -5,19 +5,24 @@ from collections.abc import Callable
 
 from stackrace.harness.clock import now
 from stackrace.harness.load.connections import READ_BYTES, Connection
-from stackrace.harness.load.framing import BLANK_LINE, EndOfResponse
+from stackrace.harness.load.framing import END_OF_EVENT, EndOfResponse
 from stackrace.harness.load.readiness import Readiness
-from stackrace.harness.load.received import Received
+from stackrace.harness.load.received import Journal
 
 
 class Exchange:
-    """Sends `payload` and keeps what is read until the response is complete; then calls `on_end(self)` once."""
+    """Sends `payload`, enters in the journal what is read for the request at `position`; calls `on_end(self)` once.
+
+    That is when the response is complete, or it is clear that it never will be.
+    """
 
     __slots__ = (
         "_end_of_response",
+        "_journal",
         "_loop",
         "_on_end",
         "_pending",
+        "_position",
         "_read",
         "_readiness",
         "body_sent",
@@ -26,37 +31,41 @@ class Exchange:
         "error",
         "is_reset",
         "is_reusable",
-        "received",
+        "last_activity",
         "sent",
     )
 
     def __init__(
         self,
         payload: bytes,
+        position: int,
         loop: asyncio.AbstractEventLoop,
         readiness: Readiness,
+        journal: Journal,
         on_end: Callable[["Exchange"], None],
     ) -> None:
         self.connection: Connection | None = None
-        self.received = Received()
         self.sent: int | None = None
         self.body_sent: int | None = None
         self.end: int | None = None
+        self.last_activity: int | None = None  # when something arrived or was sent
         self.error: str | None = None
         self.is_reusable = False  # the connection can carry another request
         self.is_reset = False  # the connection broke before any byte of a response
         self._loop = loop
         self._readiness = readiness
+        self._journal = journal
+        self._position = position
         self._on_end: Callable[[Exchange], None] | None = on_end
         self._pending = memoryview(payload)
-        self._end_of_response = EndOfResponse(self.received.data)
+        self._end_of_response = EndOfResponse()
 
     def start(self, connection: Connection) -> None:
         """Send now."""
         self.connection = connection
-        self._read = connection.reader(self.received)
-        self._readiness.watch(connection.fd, self._on_readable)
-        self.sent = now()
+        self._read = connection.reader(self._journal, self._position)
+        self._readiness.watch(connection.sock, self._on_readable)
+        self.sent = self.last_activity = now()
         self._write()
 
     def give_up(self, error: str | None) -> None:
@@ -68,11 +77,6 @@ class Exchange:
     def is_refused(self) -> bool:
         """The server answered with another status than 200."""
         return self._end_of_response.status not in (b"200", b"")
-
-    @property
-    def last_activity(self) -> int | None:
-        """When something last arrived or was sent."""
-        return self.received.stamps[-1] if self.received.stamps else self.sent
 
     def _write(self) -> None:
         assert self.connection is not None
@@ -95,7 +99,10 @@ class Exchange:
     def _on_readable(self) -> None:
         try:
             data = self._read()
-            if 3 < len(data) < READ_BYTES and data[-4:] != BLANK_LINE and self._end_of_response.is_chunked:
+            ends = self._end_of_response
+            if data[-4:] == END_OF_EVENT and ends.is_chunked and len(data) < READ_BYTES:
+                ends.tail = data
+                self.last_activity = self._journal.stamps[-1]
                 return  # amid a stream: nothing more is there, and this is not its end
             while not self._is_over_with(data) and len(data) == READ_BYTES:
                 data = self._read()
@@ -107,19 +114,21 @@ class Exchange:
     def _is_over_with(self, data: bytes) -> bool:
         if not data:
             self._on_eof()
-        elif self._end_of_response.is_here():
+            return True
+        self.last_activity = self._journal.stamps[-1]
+        if self._end_of_response.is_here(data):
             self.is_reusable = self._end_of_response.keeps_alive and not self._pending
             self._finish(None)
         return self.end is not None
 
     def _on_eof(self) -> None:
-        if self.received.data and self._end_of_response.is_at_close:
+        if self._end_of_response.is_at_close:
             self._finish(None)
         else:
             self._break("connection closed by the server before the end of its response")
 
     def _break(self, error: str) -> None:
-        self.is_reset = not self.received.data
+        self.is_reset = not self._end_of_response.tail
         self._finish(error)
 
     def _finish(self, error: str | None) -> None:

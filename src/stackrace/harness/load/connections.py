@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 from stackrace.harness.clock import SECOND, now
 from stackrace.harness.errors import UsageError
 from stackrace.harness.load import stamps
-from stackrace.harness.load.received import Received
+from stackrace.harness.load.received import Journal
 
 MAX_IDLE = 4 * SECOND  # vLLM and SGLang close an idle connection after 5 s
 READ_BYTES = 16384  # asking for more costs each small read
@@ -32,14 +32,14 @@ class Connection:
         """Its file descriptor, -1 when closed."""
         return self.sock.fileno()
 
-    def reader(self, received: Received) -> Callable[[], bytes]:
-        """A function that adds what has arrived to `received` and returns it; b"" at the end of the stream.
+    def reader(self, journal: Journal, position: int) -> Callable[[], bytes]:
+        """A function that enters what has arrived for the request at `position`, and returns it; b"" at the end.
 
         It raises OSError if the connection broke.
         """
         if isinstance(self.sock, ssl.SSLSocket):
-            return functools.partial(_read_tls, self.sock, received)
-        return _plain_reader(self.sock, received)
+            return functools.partial(_read_tls, self.sock, journal, position)
+        return _plain_reader(self.sock, journal, position)
 
     def send(self, data: memoryview) -> int:
         """Bytes taken by the kernel, 0 if it takes none now."""
@@ -159,23 +159,25 @@ class Connections:
             self._idle.pop().close()
 
 
-def _plain_reader(sock: socket.socket, received: Received) -> Callable[[], bytes]:
+def _plain_reader(sock: socket.socket, journal: Journal, position: int) -> Callable[[], bytes]:
     recvmsg, clock, no_stamp = sock.recvmsg, now, stamps.NO_STAMP  # looked up once: this runs for each event
     size, room = READ_BYTES, stamps.ANCILLARY_BYTES
-    keep, stamp, keep_kernel = received.data.append, received.stamps.append, received.kernel.append
+    enter_data, enter_kernel = journal.data.append, journal.kernel.append
+    enter_position, enter_stamp = journal.positions.append, journal.stamps.append
 
     def read() -> bytes:
         data, ancillary, _, _ = recvmsg(size, room)
         if data:
-            stamp(clock())
-            keep_kernel(ancillary[0][2] if ancillary else no_stamp)
-            keep(data)
+            enter_stamp(clock())
+            enter_kernel(ancillary[0][2] if ancillary else no_stamp)
+            enter_data(data)
+            enter_position(position)
         return data
 
     return read
 
 
-def _read_tls(sock: ssl.SSLSocket, received: Received) -> bytes:
+def _read_tls(sock: ssl.SSLSocket, journal: Journal, position: int) -> bytes:
     """All that is there: what TLS has decrypted does not wake the loop again. BlockingIOError if that is nothing."""
     parts: list[bytes] = []
     try:
@@ -188,9 +190,10 @@ def _read_tls(sock: ssl.SSLSocket, received: Received) -> bytes:
         if not parts:  # else what came is kept first; the next call fails again
             raise
     if parts:
-        received.stamps.append(now())
-        received.kernel.append(stamps.NO_STAMP)
-        received.data.append(b"".join(parts))
+        journal.stamps.append(now())
+        journal.kernel.append(stamps.NO_STAMP)
+        journal.data.append(b"".join(parts))
+        journal.positions.append(position)
     return b"".join(parts)
 
 

@@ -13,7 +13,7 @@ from stackrace.harness.load.client import Exchange
 from stackrace.harness.load.connections import Connection, Connections
 from stackrace.harness.load.plan import Plan, Start
 from stackrace.harness.load.readiness import Readiness
-from stackrace.harness.load.received import Received
+from stackrace.harness.load.received import Journal
 from stackrace.harness.load.slots import Slots
 
 _UPKEEP = SECOND // 4
@@ -21,7 +21,7 @@ _AHEAD = SECOND  # connections are opened this long before they are needed
 
 
 class Capture(NamedTuple):
-    """One request as the driver leaves it, unparsed. Times are absolute nanoseconds."""
+    """How one request went; what it received stands in the journal. Times are absolute nanoseconds."""
 
     position: int
     due: int
@@ -32,7 +32,6 @@ class Capture(NamedTuple):
     reconnected: int
     censored: bool
     error: str | None
-    received: Received
 
 
 @dataclass(slots=True, eq=False)
@@ -59,6 +58,7 @@ class Driver:
         alarms: Alarms,
         readiness: Readiness,
         connections: Connections,
+        journal: Journal,
         on_end: Callable[[Capture], None],
     ) -> None:
         self._plan = plan
@@ -66,6 +66,7 @@ class Driver:
         self._alarms = alarms
         self._readiness = readiness
         self._connections = connections
+        self._journal = journal
         self._on_end = on_end
         self._loop = asyncio.get_running_loop()
         self._dues = [start.due for start in plan.starts]
@@ -168,8 +169,14 @@ class Driver:
         self._start(flight, connection)
 
     def _start(self, flight: _Flight, connection: Connection) -> None:
-        on_end = functools.partial(self._on_exchange_end, flight)
-        flight.exchange = Exchange(self._plan.payloads[flight.position], self._loop, self._readiness, on_end)
+        flight.exchange = Exchange(
+            self._plan.payloads[flight.position],
+            flight.position,
+            self._loop,
+            self._readiness,
+            self._journal,
+            functools.partial(self._on_exchange_end, flight),
+        )
         flight.exchange.start(connection)
 
     def _on_exchange_end(self, flight: _Flight, exchange: Exchange) -> None:
@@ -202,7 +209,6 @@ class Driver:
                 reconnected=flight.reconnected,
                 censored=flight.censored,
                 error=error,
-                received=e.received if e else Received(),
             )
         )
         if is_broken and not self._stopped:
@@ -229,7 +235,7 @@ class Driver:
         error = "not asked: an earlier turn of its session failed"
         turn = self._plan.following.get(position)
         while turn is not None:
-            self._on_end(Capture(turn.position, time, time, None, None, time, 0, False, error, Received()))
+            self._on_end(Capture(turn.position, time, time, None, None, time, 0, False, error))
             turn = self._plan.following.get(turn.position)
 
     def _stop_sending(self) -> None:
@@ -239,7 +245,7 @@ class Driver:
         time = now()
         if not self._plan.is_closed:  # these were due, and never got a slot
             for start in self._waiting:
-                self._on_end(Capture(start.position, start.due, time, None, None, time, 0, True, None, Received()))
+                self._on_end(Capture(start.position, start.due, time, None, None, time, 0, True, None))
         self._waiting.clear()
         self._thinking.clear()
         self._finish_if_over()

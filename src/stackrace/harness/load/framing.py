@@ -1,21 +1,24 @@
 """When an HTTP/1.1 response is over, told from its raw bytes without parsing them."""
 
 import re
-from collections.abc import Sequence
 
 _LAST_CHUNK = re.compile(rb"\r\n0+(?:;[^\r\n]*)?\r\n(?:[^\r\n]+\r\n)*\r\n\Z")
-BLANK_LINE = b"\r\n\r\n"
+_BLANK_LINE = b"\r\n\r\n"
+END_OF_EVENT = b"\n\n\r\n"  # as most chunks of a stream end; it cannot be a part of the last chunk
 _DIGITS = 19  # of a length that there can be
 _TAIL_BYTES = 1024  # as much of the end is looked at for a last chunk with extensions or trailers
 
 
 class EndOfResponse:
-    """Watches the pieces of one response, as they are read; `is_here` is asked after each of them."""
+    """Watches the pieces of one response, as they are read; `is_here` is asked of each of them.
 
-    __slots__ = ("_head", "_left", "_pieces", "is_at_close", "is_chunked", "keeps_alive", "status")
+    Whoever knows that a piece of a chunked stream ends with END_OF_EVENT may set `tail` to it instead.
+    """
 
-    def __init__(self, pieces: Sequence[bytes]) -> None:
-        self._pieces = pieces
+    __slots__ = ("_head", "_left", "is_at_close", "is_chunked", "keeps_alive", "status", "tail")
+
+    def __init__(self) -> None:
+        self.tail = b""  # of what came so far
         self._head: bytes | None = b""  # None once the headers are complete
         self._left: int | None = None  # body bytes still to come, where the headers told
         self.is_chunked = False
@@ -23,11 +26,11 @@ class EndOfResponse:
         self.is_at_close = False
         self.keeps_alive = True
 
-    def is_here(self) -> bool:
-        """Whether the response ends with the last piece."""
-        piece = self._pieces[-1]
+    def is_here(self, piece: bytes) -> bool:
+        """Whether the response ends with this piece, the next one."""
+        self.tail = (self.tail + piece)[-_TAIL_BYTES:]
         while self._head is not None:
-            head, separator, piece = (self._head + piece).partition(BLANK_LINE)
+            head, separator, piece = (self._head + piece).partition(_BLANK_LINE)
             if not separator:
                 self._head = head
                 return False
@@ -37,17 +40,7 @@ class EndOfResponse:
         if self._left is not None:
             self._left -= len(piece)
             return self._left <= 0
-        return self.is_chunked and _LAST_CHUNK.search(self._tail()) is not None
-
-    def _tail(self) -> bytes:
-        parts: list[bytes] = []
-        size = 0
-        for piece in reversed(self._pieces):
-            parts.append(piece)
-            size += len(piece)
-            if size >= _TAIL_BYTES:
-                break
-        return b"".join(reversed(parts))[-_TAIL_BYTES:]
+        return self.is_chunked and _LAST_CHUNK.search(self.tail) is not None
 
     def _read_head(self, head: bytes) -> None:
         self._head = None

@@ -42,6 +42,7 @@ class Heart:
         self._since = now()
         self._next = self._since + _HEARTBEAT
         self._cpu, self._delay = _cpu_seconds(), _run_delay()
+        self._asked, self._cpu_then = self._since, self._cpu
         alarms.at(self._next, self._beat)
 
     def new_offsets(self) -> list[stamps.Offset]:
@@ -49,6 +50,12 @@ class Heart:
         self._sample()
         told, self._untold = self._untold, []
         return told
+
+    def recent_cpu_share(self) -> float:
+        """Of one core, since this was last asked."""
+        then, self._asked = self._asked, now()
+        cpu_then, self._cpu_then = self._cpu_then, _cpu_seconds()
+        return (self._cpu_then - cpu_then) * SECOND / max(1, self._asked - then)
 
     def health(self, worker: int) -> Health:
         """Since the first beat."""

@@ -1,8 +1,8 @@
 """What the processes of a race tell each other, and how it is framed on a pipe.
 
-    harness --Job, Go--> workers --Ready, Started, Offsets, Tick, Capture, Health--> parser --> harness
+    harness --Job, Go--> workers --Ready, Started, Offsets, Tick, Parcel, Health--> parser --> harness
 
-The parser turns each Capture into a Finished and each worker's Offsets stay with it; all else it passes on.
+The parser turns each Capture in a Parcel into a Finished, and keeps each worker's Offsets; all else it passes on.
 """
 
 import pickle

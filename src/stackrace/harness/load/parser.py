@@ -6,6 +6,7 @@ It runs beside the race at the lowest priority, so that what it needs is taken f
 import os
 import selectors
 import sys
+from collections import defaultdict
 from collections.abc import Iterator
 
 import numpy as np
@@ -14,6 +15,8 @@ from stackrace.harness import host
 from stackrace.harness.load import messages, stamps
 from stackrace.harness.load.driver import Capture
 from stackrace.harness.load.messages import Finished, Offsets, Started
+from stackrace.harness.load.outbox import Parcel
+from stackrace.harness.load.received import Received, hand_out
 from stackrace.harness.load.response import Answer, parse
 from stackrace.harness.load.stamps import Nanoseconds, Offset
 from stackrace.harness.types import Record
@@ -27,12 +30,14 @@ class Parser:
     def __init__(self) -> None:
         self._start = 0
         self._offsets: list[Offset] = []
+        self._received: defaultdict[int, Received] = defaultdict(Received)  # by position, of requests in flight
         self._captures: list[Capture] = []  # until the offset of the clocks after them is known
 
     def take(self, message: object) -> Iterator[object]:
         """What follows from one message; captures wait for the next sample of the clocks."""
-        if isinstance(message, Capture):
-            self._captures.append(message)
+        if isinstance(message, Parcel):
+            hand_out(message.reads, self._received)
+            self._captures += message.captures
             return
         if isinstance(message, Offsets):
             self._offsets += message.samples
@@ -46,12 +51,12 @@ class Parser:
         """What waits, with the samples there are."""
         captures, self._captures = self._captures, []
         for capture in captures:
-            yield record(capture, self._start, self._offsets)
+            received = self._received.pop(capture.position, Received())
+            yield record(capture, received, self._start, self._offsets)
 
 
-def record(capture: Capture, start: int, offsets: list[Offset]) -> Finished:
-    """Parse a capture into a record, its times after `start` (ns), its id the position in the schedule."""
-    received = capture.received
+def record(capture: Capture, received: Received, start: int, offsets: list[Offset]) -> Finished:
+    """Parse what a request received into its record, times after `start` (ns), the id its position in the schedule."""
     answer = parse(received.data)
     user = np.array(received.stamps, dtype=np.int64)
     times, stamped = stamps.on_our_clock(b"".join(received.kernel), user, offsets)

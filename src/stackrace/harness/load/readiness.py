@@ -3,15 +3,22 @@
 It is edge-triggered: a stream is told of when something came, and not again until more does. Whoever is told has to
 read until a read comes up short. The end of a stream raises no edge of its own if it came with the last data, but it
 shows; such a stream is told of until it is ignored.
+
+To acknowledge each event by a packet of its own costs a third of the time that an event takes. A process that is told
+to be sparing acknowledges every other one, as TCP does by default on a connection that carries data both ways. It does
+so only when busy: a server that holds an event back until the last one was acknowledged (Nagle) is slowed by it.
 """
 
 import asyncio
+import contextlib
 import select
+import socket
 from collections.abc import Callable
 
 _AT_ONCE = 128  # reads between two looks at the clock: what is to be sent must not wait for all that has come
 
 
+_QUICKACK = getattr(socket, "TCP_QUICKACK", None)
 _MORE = getattr(select, "EPOLLIN", 0)
 _EDGES = _MORE | getattr(select, "EPOLLRDHUP", 0) | getattr(select, "EPOLLET", 0)
 
@@ -22,13 +29,17 @@ class Readiness:
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self._callbacks: dict[int, Callable[[], None]] = {}
+        self._acknowledging: dict[int, socket.socket] = {}  # each event at once
+        self.is_sparing = False
         self._epoll = select.epoll() if hasattr(select, "epoll") else None
         if self._epoll is not None:
             loop.add_reader(self._epoll.fileno(), self._on_ready)
 
-    def watch(self, fd: int, callback: Callable[[], None]) -> None:
+    def watch(self, sock: socket.socket, callback: Callable[[], None]) -> None:
         """From now on."""
+        fd = sock.fileno()
         self._callbacks[fd] = callback
+        self._acknowledging[fd] = sock
         if self._epoll is not None:
             self._epoll.register(fd, _EDGES)
         else:
@@ -38,6 +49,7 @@ class Readiness:
         """No longer; before it is closed."""
         if self._callbacks.pop(fd, None) is None:
             return
+        self._acknowledging.pop(fd, None)
         if self._epoll is not None:
             self._epoll.unregister(fd)
         else:
@@ -54,9 +66,19 @@ class Readiness:
     def _on_ready(self) -> None:
         assert self._epoll is not None
         callbacks = self._callbacks
-        for fd, events in self._epoll.poll(0, _AT_ONCE):
+        ready = self._epoll.poll(0, _AT_ONCE)
+        for fd, events in ready:
             callback = callbacks.get(fd)  # None: one of the callbacks before it gave this stream up
             if callback is not None:
                 callback()
                 if events != _MORE and fd in callbacks:
                     self._epoll.modify(fd, _MORE)
+        if self.is_sparing and self._acknowledging:
+            self._acknowledge_less(ready)
+
+    def _acknowledge_less(self, ready: list[tuple[int, int]]) -> None:
+        for fd, _ in ready:
+            sock = self._acknowledging.pop(fd, None)
+            if sock is not None and _QUICKACK is not None:
+                with contextlib.suppress(OSError):
+                    sock.setsockopt(socket.IPPROTO_TCP, _QUICKACK, 0)

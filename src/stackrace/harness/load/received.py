@@ -1,34 +1,68 @@
-"""What came on a stream, read by read, unparsed."""
+"""What came on the streams, unparsed: a worker's journal of it, and what each request got out of that."""
 
 from array import array
-from collections.abc import Callable
+from collections.abc import MutableMapping
 from itertools import accumulate, pairwise
+from typing import NamedTuple
 
-_BYTES_A_READ = 500  # with what Python needs to keep them
+from stackrace.harness.load.stamps import STAMP_BYTES
+
+
+class Reads(NamedTuple):
+    """Successive reads of a worker's streams, packed to go to another process."""
+
+    positions: "array[int]"  # of the request that each was for, in the schedule
+    stamps: "array[int]"  # just after the read, ns of CLOCK_MONOTONIC
+    kernel: bytes  # STAMP_BYTES a read, zeros where the kernel told none
+    sizes: "array[int]"
+    data: bytes
+
+
+class Journal:
+    """Every read of every stream, in order: columns with an entry a read, emptied from the front."""
+
+    __slots__ = ("data", "kernel", "positions", "stamps")
+
+    def __init__(self) -> None:
+        self.positions: list[int] = []
+        self.stamps: list[int] = []
+        self.kernel: list[bytes] = []
+        self.data: list[bytes] = []
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def take(self, most: int) -> Reads:
+        """The oldest entries, `most` of them if there are as many; they are gone from here."""
+        data = self.data[:most]
+        reads = Reads(
+            array("q", self.positions[:most]),
+            array("q", self.stamps[:most]),
+            b"".join(self.kernel[:most]),
+            array("q", map(len, data)),
+            b"".join(data),
+        )
+        for column in (self.positions, self.stamps, self.kernel, self.data):
+            del column[:most]
+        return reads
 
 
 class Received:
-    """Three columns with an entry a read. Packs itself into few large pieces when it goes to another process."""
+    """What one request got: columns with an entry a read, as in the journal."""
 
     __slots__ = ("data", "kernel", "stamps")
 
     def __init__(self) -> None:
         self.data: list[bytes] = []
-        self.stamps: list[int] = []  # just after the read, ns of CLOCK_MONOTONIC
-        self.kernel: list[bytes] = []  # stamps.STAMP_BYTES a read, zeros where the kernel told none
-
-    @property
-    def size(self) -> int:
-        """Bytes, about: of events of a usual size."""
-        return _BYTES_A_READ * len(self.data)
-
-    def __reduce__(self) -> "tuple[Callable[..., Received], tuple[bytes, array[int], array[int], bytes]]":
-        sizes = array("q", map(len, self.data))
-        return _unpacked, (b"".join(self.data), sizes, array("q", self.stamps), b"".join(self.kernel))
+        self.stamps: list[int] = []
+        self.kernel: list[bytes] = []
 
 
-def _unpacked(data: bytes, sizes: "array[int]", stamps: "array[int]", kernel: bytes) -> Received:
-    received = Received()
-    received.data = [data[a:b] for a, b in pairwise(accumulate(sizes, initial=0))]
-    received.stamps, received.kernel = list(stamps), [kernel]
-    return received
+def hand_out(reads: Reads, requests: MutableMapping[int, Received]) -> None:
+    """Append each read to what its request has received; `requests` makes the ones it lacks."""
+    stops = pairwise(accumulate(reads.sizes, initial=0))
+    for i, (position, stamp, (begin, end)) in enumerate(zip(reads.positions, reads.stamps, stops, strict=True)):
+        received = requests[position]
+        received.stamps.append(stamp)
+        received.kernel.append(reads.kernel[i * STAMP_BYTES : (i + 1) * STAMP_BYTES])
+        received.data.append(reads.data[begin:end])

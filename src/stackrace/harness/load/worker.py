@@ -8,6 +8,7 @@ import gc
 import os
 import sys
 from bisect import bisect_right
+from collections import defaultdict
 from collections.abc import Callable
 from typing import IO, Any
 
@@ -21,12 +22,14 @@ from stackrace.harness.load.messages import Go, Job, Offsets, Ready, Started, Ti
 from stackrace.harness.load.outbox import Outbox
 from stackrace.harness.load.plan import Plan, Share
 from stackrace.harness.load.readiness import Readiness
+from stackrace.harness.load.received import Journal, Received, hand_out
 from stackrace.harness.load.request import request_bytes
 from stackrace.harness.load.response import parse
 from stackrace.harness.load.slots import Slots, SlotTable
 from stackrace.harness.schedule import Schedule
 
 _TICK = SECOND // 4
+_BUSY = 0.5  # share of a core
 
 
 class Worker:
@@ -38,7 +41,8 @@ class Worker:
         self._task, self._job = task, task.job
         self._go, self._stop = go, stop
         self._alarms = Alarms(asyncio.get_running_loop())
-        self._outbox = Outbox(out, self._alarms)
+        self._journal = Journal()
+        self._outbox = Outbox(out, self._alarms, self._journal)
         self._tell = self._outbox.tell
         self._readiness = Readiness(asyncio.get_running_loop())
         self._connections = Connections(self._job.endpoint.url, self._job.connect_timeout)
@@ -68,9 +72,10 @@ class Worker:
 
     async def _race(self, plan: Plan) -> None:
         slots = Slots(self._task.slots, self._task.worker) if self._task.slots else None
-        driver = self._driver(plan, slots, self._tell)
+        driver = self._driver(plan, slots, self._journal, self._tell)
         self._tell(Started(self._task.worker, self._go.result()))
         heart = Heart(self._alarms)
+        self._outbox.keep_shipping()
         self._keep_ticking(driver, heart)
         await self._run_until_stopped(driver)
         health = heart.health(self._task.worker)
@@ -84,17 +89,19 @@ class Worker:
         share = Share.of(schedule, 0, 1)
         payloads = {p: request_bytes(self._job.endpoint, r) for p, r in enumerate(schedule.requests)}
         table = SlotTable.make(self._job.warmup_concurrency, len(schedule.sessions), 1)
-        captures: list[Capture] = []
+        journal, captures = Journal(), list[Capture]()
         plan = _plan(self._job, share, payloads, True, begin, None)
-        driver = self._driver(plan, Slots(table, 0), captures.append)
+        driver = self._driver(plan, Slots(table, 0), journal, captures.append)
         await self._run_until_stopped(driver)
         table.close()
-        errors = [parse(c.received.data).error or c.error for c in captures]
+        received: defaultdict[int, Received] = defaultdict(Received)
+        hand_out(journal.take(len(journal)), received)
+        errors = [parse(received[c.position].data).error or c.error for c in captures]
         told = [e for e in errors if e]
         self._tell(WarmedUp((now() - begin) / SECOND, len(told), told[0] if told else None))
 
-    def _driver(self, plan: Plan, slots: Slots | None, on_end: Callable[[Capture], None]) -> Driver:
-        return Driver(plan, slots, self._alarms, self._readiness, self._connections, on_end)
+    def _driver(self, plan: Plan, slots: Slots | None, journal: Journal, on_end: Callable[[Capture], None]) -> Driver:
+        return Driver(plan, slots, self._alarms, self._readiness, self._connections, journal, on_end)
 
     def _connections_at_start(self, share: Share) -> int:
         soon = bisect_right(share.starts, SECOND, key=lambda start: start.due)
@@ -112,6 +119,7 @@ class Worker:
         def tick() -> None:
             self._tell(Offsets(heart.new_offsets()))
             self._tell(Tick(self._task.worker, driver.in_flight))
+            self._readiness.is_sparing = heart.recent_cpu_share() > _BUSY
             self._alarms.at(now() + _TICK, tick)
 
         tick()
