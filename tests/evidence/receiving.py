@@ -22,8 +22,8 @@ from stackrace.harness.calibrate.trial import Lab
 from stackrace.harness.summary import quantile
 
 SECONDS, RAMP = 4, 1  # of a stream, and until all have begun
-OURS = [1000, 5000, 10000, 20000, 40000, 60000, 80000, 100000, *[120000] * 5]
-THEIRS = [1000, 2500, 5000, 10000, 20000, 40000, 60000]
+OURS = [1000, 5000, 10000, 20000, 40000, *[60000] * 5, 80000, 100000, *[120000] * 5]
+THEIRS = [100, 250, 500, 1000, 2500, 5000, 10000, 20000, 40000, 60000]
 RIGHT = 0.001  # seconds, of TTFT and ITL p99
 BENCH = os.environ.get("VLLM_BENCH")
 
