@@ -1,6 +1,7 @@
 """Shared by the tests: composing configurations, running the command, watching processes."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -11,6 +12,10 @@ import pytest
 
 def pytest_configure(config):
     os.environ.setdefault("PYTHONSAFEPATH", "1")
+    if (
+        signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    ):  # as in a background job; what tests start would ignore it too
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="module")

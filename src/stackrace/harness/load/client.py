@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from stackrace.harness.clock import now
 from stackrace.harness.load.connections import READ_BYTES, Connection
-from stackrace.harness.load.framing import END_OF_EVENT, EndOfResponse
+from stackrace.harness.load.framing import EndOfResponse
 from stackrace.harness.load.readiness import Readiness
 from stackrace.harness.load.received import Journal
 
@@ -98,28 +98,20 @@ class Exchange:
 
     def _on_readable(self) -> None:
         try:
-            data = self._read()
-            ends = self._end_of_response
-            if data[-4:] == END_OF_EVENT and ends.is_chunked and len(data) < READ_BYTES:
-                ends.tail = data
+            while data := self._read():
                 self.last_activity = self._journal.stamps[-1]
-                return  # amid a stream: nothing more is there, and this is not its end
-            while not self._is_over_with(data) and len(data) == READ_BYTES:
-                data = self._read()
+                if self._end_of_response.is_here(data):
+                    self.is_reusable = self._end_of_response.keeps_alive and not self._pending
+                    self._finish(None)
+                    return
+                if len(data) < READ_BYTES:
+                    return  # nothing more is there
         except BlockingIOError:
             return
         except OSError as e:
             self._break(f"{type(e).__name__}: {e}")
-
-    def _is_over_with(self, data: bytes) -> bool:
-        if not data:
-            self._on_eof()
-            return True
-        self.last_activity = self._journal.stamps[-1]
-        if self._end_of_response.is_here(data):
-            self.is_reusable = self._end_of_response.keeps_alive and not self._pending
-            self._finish(None)
-        return self.end is not None
+            return
+        self._on_eof()
 
     def _on_eof(self) -> None:
         if self._end_of_response.is_at_close:
@@ -128,7 +120,7 @@ class Exchange:
             self._break("connection closed by the server before the end of its response")
 
     def _break(self, error: str) -> None:
-        self.is_reset = not self._end_of_response.tail
+        self.is_reset = not self._end_of_response.has_begun
         self._finish(error)
 
     def _finish(self, error: str | None) -> None:

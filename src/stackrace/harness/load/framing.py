@@ -4,31 +4,31 @@ import re
 
 _LAST_CHUNK = re.compile(rb"\r\n0+(?:;[^\r\n]*)?\r\n(?:[^\r\n]+\r\n)*\r\n\Z")
 _BLANK_LINE = b"\r\n\r\n"
-END_OF_EVENT = b"\n\n\r\n"  # as most chunks of a stream end; it cannot be a part of the last chunk
+_END_OF_EVENT = b"\n\n\r\n"  # as most chunks of a stream end; it cannot be a part of the last chunk
 _DIGITS = 19  # of a length that there can be
 _TAIL_BYTES = 1024  # as much of the end is looked at for a last chunk with extensions or trailers
 
 
 class EndOfResponse:
-    """Watches the pieces of one response, as they are read; `is_here` is asked of each of them.
+    """Watches the pieces of one response, as they are read; `is_here` is asked of each of them."""
 
-    Whoever knows that a piece of a chunked stream ends with END_OF_EVENT may set `tail` to it instead.
-    """
-
-    __slots__ = ("_head", "_left", "is_at_close", "is_chunked", "keeps_alive", "status", "tail")
+    __slots__ = ("_head", "_is_chunked", "_left", "_tail", "is_at_close", "keeps_alive", "status")
 
     def __init__(self) -> None:
-        self.tail = b""  # of what came so far
+        self._tail = b""  # of what came so far
         self._head: bytes | None = b""  # None once the headers are complete
         self._left: int | None = None  # body bytes still to come, where the headers told
-        self.is_chunked = False
+        self._is_chunked = False
         self.status = b""
         self.is_at_close = False
         self.keeps_alive = True
 
     def is_here(self, piece: bytes) -> bool:
         """Whether the response ends with this piece, the next one."""
-        self.tail = (self.tail + piece)[-_TAIL_BYTES:]
+        if self._is_chunked and piece[-4:] == _END_OF_EVENT:
+            self._tail = piece
+            return False
+        self._tail = (self._tail + piece)[-_TAIL_BYTES:]
         while self._head is not None:
             head, separator, piece = (self._head + piece).partition(_BLANK_LINE)
             if not separator:
@@ -40,18 +40,23 @@ class EndOfResponse:
         if self._left is not None:
             self._left -= len(piece)
             return self._left <= 0
-        return self.is_chunked and _LAST_CHUNK.search(self.tail) is not None
+        return self._is_chunked and _LAST_CHUNK.search(self._tail) is not None
+
+    @property
+    def has_begun(self) -> bool:
+        """Anything has come."""
+        return bool(self._tail)
 
     def _read_head(self, head: bytes) -> None:
         self._head = None
         self.status = head.partition(b" ")[2][:3]
         fields = dict(line.split(b":", 1) for line in head.split(b"\r\n")[1:] if b":" in line)
         self.keeps_alive = b"close" not in fields.get(b"connection", b"")
-        self.is_chunked = b"chunked" in fields.get(b"transfer-encoding", b"")
+        self._is_chunked = b"chunked" in fields.get(b"transfer-encoding", b"")
         length = fields.get(b"content-length", b"").strip()
-        if length.isdigit() and len(length) < _DIGITS and not self.is_chunked:
+        if length.isdigit() and len(length) < _DIGITS and not self._is_chunked:
             self._left = int(length)
-        self.is_at_close = self._left is None and not self.is_chunked
+        self.is_at_close = self._left is None and not self._is_chunked
 
 
 def _is_interim(head: bytes) -> bool:
