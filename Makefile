@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
+export PYTHONDONTWRITEBYTECODE :=# tests start hundreds of processes: none should compile our sources again
+
 .PHONY: install demo test soak evidence check clean help
 
 help: ## Say what there is
@@ -23,7 +25,7 @@ demo: $(READY) ## Race two stacks of the embedded engine on this CPU; leaves res
 	$(BIN)/stackrace report results/demo
 
 test: $(READY) ## Everything that needs no engine and no GPU
-	$(BIN)/pytest -n 2 --dist loadfile -m "not alone"
+	$(BIN)/pytest -n 3 --dist worksteal -m "not alone"
 	$(BIN)/pytest -m alone
 
 soak: $(READY) ## The engine's server under 100,000 good, bad and broken requests; about 10 minutes on two cores

@@ -29,7 +29,6 @@ def port(run):
     return command[command.index("--port") + 1]
 
 
-@pytest.mark.alone
 def test_one_search_a_stack_interrupted_and_resumed(stackrace, tmp_path, processes_of):
     process = start(tmp_path, *SEARCH, *LENIENT)
     wait_for(lambda: any(r["log"] for r in results(tmp_path)))  # a measurement is over, the next one runs
@@ -108,7 +107,6 @@ def test_bad_settings_are_refused_in_one_line(compose, overrides, words):
     assert "\n" not in str(refused.value)
 
 
-@pytest.mark.alone
 def test_a_bad_search_launches_nothing(stackrace, tmp_path):
     done = stackrace("bench", *RATE, "search.high=0.01")
     assert done.returncode == 2

@@ -6,13 +6,13 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import transformers
 from server_kit import complete, running, small
 from test_sessions import sessions
 from test_tokenizer import byte_level
 from test_traces import trace
 from test_workloads import synthetic
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer
 
 from stackrace.harness import schedule
 from stackrace.harness.errors import UsageError
@@ -75,7 +75,7 @@ def drawn(workload, requests=60, arrival=None, seed=0):
 def rendered(folder, request):
     """The ids as transformers has them, which is how servers get them."""
     messages = [{"role": role, "content": content} for role, content in request.messages]
-    return AutoTokenizer.from_pretrained(folder).apply_chat_template(
+    return transformers.AutoTokenizer.from_pretrained(folder).apply_chat_template(
         messages, add_generation_prompt=True, return_dict=False
     )
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from engine_kit import published
 from safetensors import safe_open
-from transformers import AutoTokenizer, DeepseekV2ForCausalLM
 
 from stackrace.backends import checkpoint, seeded
 from stackrace.backends.mla.config import parse
@@ -127,10 +127,10 @@ def test_identity_and_bits_of_earlier_checkpoints_are_kept(small: Path) -> None:
 
 
 def test_transformers_loads_model_and_tokenizer(small: Path) -> None:
-    model, report = DeepseekV2ForCausalLM.from_pretrained(small, output_loading_info=True)
+    model, report = transformers.DeepseekV2ForCausalLM.from_pretrained(small, output_loading_info=True)
     assert not any(report.values())
     assert torch.equal(model.lm_head.weight, tensors(small)["lm_head.weight"])
-    tokenizer = AutoTokenizer.from_pretrained(small)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(small)
     assert tokenizer("t5 t11 t299").input_ids == [5, 11, 299]
     assert tokenizer.decode([5, 11, 299]) == "t5 t11 t299"
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id) == (1, 2, 0)

@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import pytest
+import transformers
 from engine_kit import published
 from test_checkpoint import SMALL, make
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer
 
 from stackrace.backends import checkpoint
 
@@ -25,7 +25,7 @@ CHAT = [
 
 
 def test_a_message_costs_its_words_and_two_tokens(small: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(small)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(small)
     expected = [1, 4, 9, 10, 2, 5, 11, 2, 6, 2, 7, 12, 13, 14, 2]
     assert tokenizer.apply_chat_template(CHAT, return_dict=False) == expected
     assert tokenizer.apply_chat_template(CHAT, add_generation_prompt=True, return_dict=False) == [*expected, 6]
@@ -34,7 +34,9 @@ def test_a_message_costs_its_words_and_two_tokens(small: Path) -> None:
 @pytest.mark.parametrize(("bos", "eos", "unknown"), [(0, 1, 2), (8, 8, 0), (299, [298, 297], 0)])
 def test_any_special_tokens_make_a_tokenizer(bos: int, eos: int | list[int], unknown: int, tmp_path: Path) -> None:
     config = published("tiny") | SMALL | {"bos_token_id": bos, "eos_token_id": eos}
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint.make(config, tmp_path / "model", 0, 1 << 40, "cpu").path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(
+        checkpoint.make(config, tmp_path / "model", 0, 1 << 40, "cpu").path
+    )
     assert len(tokenizer) == 300
     assert tokenizer.apply_chat_template(CHAT[1:2], return_dict=False) == [
         bos,

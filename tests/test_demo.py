@@ -1,10 +1,6 @@
 """The main job for real, shortened: both stacks of the embedded engine, raced, recorded, judged and drawn."""
 
-import pytest
-
 from stackrace.harness import store
-
-pytestmark = pytest.mark.alone
 
 SHORT = ["experiment=demo", "arrival.rate=6", "lengths.input.tokens=200", "stop.seconds=2", "warmup.requests=2"]
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from engine_kit import GREEDY, YARN, build, generate, logits, make, prompt
-from transformers import DeepseekV2ForCausalLM
 
 from stackrace.backends.mla.engine import Engine, TokenEvent
 from stackrace.backends.mla.sequence import Sampling, Sequence
@@ -120,7 +120,7 @@ def test_neither_preemption_nor_reuse_changes_a_token(lite: Path, attention: str
 
 def test_logprobs_are_those_of_a_full_forward_pass(lite: Path) -> None:
     """transformers over prompt and output at once, against ours told in chunks, preempted, and from shared pages."""
-    theirs = DeepseekV2ForCausalLM.from_pretrained(lite, dtype=torch.float32, attn_implementation="eager")
+    theirs = transformers.DeepseekV2ForCausalLM.from_pretrained(lite, dtype=torch.float32, attn_implementation="eager")
     plain = build(lite, "mla", 512)
     tight = build(lite, "mha", 30, kv_cache_memory_bytes=8 * 64 * 3 * 4 * 320 * 4, enable_prefix_caching=True)
     serve(tight, crowd())  # fills the prefix cache

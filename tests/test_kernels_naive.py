@@ -21,6 +21,8 @@ from stackrace.kernels.rotary.naive import (
     yarn_frequencies,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PAGE = 64
 LENGTHS = [1, 20, 63, 64, 65, 140, 300]
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 8e-3}

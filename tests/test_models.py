@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from engine_kit import ROPE, YARN, build, logits, make, prompt, published
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from stackrace.backends import architectures, checkpoint
 from stackrace.backends.mla import cache
@@ -58,7 +58,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 def test_logits_are_those_of_transformers(name: str, tmp_path: Path) -> None:
     base, changes = VARIANTS[name]
     path = make(tmp_path, changes, base)
-    theirs, report = AutoModelForCausalLM.from_pretrained(
+    theirs, report = transformers.AutoModelForCausalLM.from_pretrained(
         path, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
     )
     assert not any(report.values())
@@ -89,7 +89,7 @@ def test_published_models_are_as_published(name: str) -> None:
     biases = [key for key in shapes if key.endswith("e_score_correction_bias")]  # transformers' are buffers
     assert sum(torch.Size(shape).numel() for shape in shapes.values()) == count
     with torch.device("meta"):
-        theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+        theirs = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**config))
     their_biases = [b for key, b in theirs.named_buffers() if key.endswith("e_score_correction_bias")]
     assert [tuple(bias.shape) for bias in their_biases] == [shapes[key] for key in biases]
     assert sum(p.numel() for p in [*theirs.parameters(), *their_biases]) == count

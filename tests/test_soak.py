@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -55,13 +56,13 @@ def book(path: Path) -> Book:
 
 
 def test_a_short_soak(path: Path, book: Book) -> None:
-    outcome = soak(Bout(requests=1000, seconds=60, seed=0, concurrency=24), path, book)
-    assert outcome.tally.requests == 1000
+    outcome = soak(Bout(requests=500, seconds=60, seed=0, concurrency=24), path, book)
+    assert outcome.tally.requests == 500
     assert {kind for kind, _ in outcome.tally.statuses} == KINDS.keys()
     assert outcome.tally.count("429") > 0
     assert outcome.metrics["num_preemptions_total"] > 0
     assert outcome.metrics["prefix_cache_hits_total"] > 0
-    assert "requests                          1000 in" in summary(outcome)
+    assert re.search(r"^requests +500 in", summary(outcome), re.MULTILINE)
 
 
 @pytest.mark.parametrize(

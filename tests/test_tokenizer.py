@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoTokenizer
 
 from stackrace.backends.mla.server.tokenizer import Detokenizer, StopFinder
 from stackrace.harness.tokenizer import TextTokenizer
@@ -185,7 +185,7 @@ def with_template(folder: Path, template: object, in_file: bool) -> Path:
 @pytest.mark.parametrize("name", [name for name in TEMPLATES if name != "refuses"])
 def test_templates_are_rendered_as_transformers_renders_them(name: str, in_file: bool, tmp_path: Path) -> None:
     folder = with_template(tmp_path, TEMPLATES[name], in_file)
-    theirs = AutoTokenizer.from_pretrained(folder)
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
     for variables in ({"add_generation_prompt": True}, {"add_generation_prompt": False, "thinking": True}):
         expected = theirs.apply_chat_template(TALK, tokenize=False, **variables)
         assert TextTokenizer(folder).render(TALK, variables) == expected

@@ -13,7 +13,7 @@ from threading import Thread
 import pytest
 from command import FAST, runs
 
-from stackrace.harness import store
+from stackrace.harness import cli, store
 
 BAD = [
     (["bench", "results=/dev/null/x", "backend=mock"], "/dev/null/x"),
@@ -33,14 +33,21 @@ BAD = [
 
 
 @pytest.mark.parametrize(("args", "words"), BAD, ids=lambda v: " ".join(v) if isinstance(v, list) else "")
-def test_bad_input_is_one_line_and_exit_code_2(stackrace, tmp_path, args, words):
-    done = stackrace(*args)
-    assert done.returncode == 2, done.stderr
-    assert words in done.stderr
-    assert done.stderr.count("\n") == 1
-    assert done.stdout == ""
+def test_bad_input_is_one_line_and_exit_code_2(monkeypatch, capsys, tmp_path, args, words):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["stackrace", *args])
+    monkeypatch.setitem(os.environ, "HYDRA_FULL_ERROR", "0")  # which the command sets: undone at the end
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    said, complaint = capsys.readouterr()
+    assert end.value.code == 2, complaint
+    assert words in complaint
+    assert complaint.count("\n") == 1
+    assert said == ""
     left = {p.name for p in tmp_path.rglob("*") if p.is_file() and ".hydra" not in p.parts and "models" not in p.parts}
     assert left == set()
+    asked_too_much = words.startswith("exceed")  # of a checkpoint, which is made to be looked at
+    assert (tmp_path / "models").exists() == asked_too_much
 
 
 def test_a_port_in_use_is_refused(stackrace, tmp_path):

@@ -99,10 +99,11 @@ def plan(cfg: DictConfig) -> Point:
     parse_slo(config["slo"])
     backend: Backend = _build(config["backend"])
     backend.check()
+    cores = _cores(config)
+    _build(config["arrival"], "name"), _workload(config)  # what they refuse must not cost a checkpoint first
     weights = _weights(backend, config["model"])
     race = _draw(config)
     _check_lengths(race, backend)
-    cores = _cores(config)
     fingerprint = backend.fingerprint()
     n = len(race.requests)
     return Point(
