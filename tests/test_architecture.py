@@ -89,7 +89,7 @@ def test_help_loads_nothing_heavy():
 
 def test_transformers_finds_its_own_kernels_package_from_the_repository_root():
     """A folder called kernels/ in the working directory must not shadow Hugging Face's package."""
-    code = "import sys; sys.path.insert(0, ''); import stackrace.kernels; from transformers import LlamaForCausalLM"
+    code = "import sys; sys.path.insert(0, ''); import stackrace.kernels; import transformers.integrations.hub_kernels"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, timeout=100)
 
 

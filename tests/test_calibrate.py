@@ -89,7 +89,7 @@ def test_a_limit_is_the_last_rung_before_the_first_that_is_not_right():
 def test_a_lab_finds_receive_times_right_and_nothing_lost():
     """The short form of what make evidence shows at 120,000 events a second."""
     with Lab(host.split_cores(1, None)) as lab:
-        settings = {"stream_rate": 50, "seconds": 2, "ramp": 1}
+        settings = {"stream_rate": 50, "seconds": 1, "ramp": 0.5}
         spread, step = lab.trial(staggered(settings, 10_000)), lab.trial(in_step(settings, 100))
     for outcome in (spread, step):
         assert (outcome.failed, outcome.lost) == (0, 0)

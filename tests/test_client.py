@@ -16,8 +16,6 @@ from stackrace.harness.load.health import Heart
 from stackrace.harness.schedule import Schedule
 from stackrace.harness.types import Endpoint, Request, Sampling
 
-pytestmark = pytest.mark.alone
-
 
 def test_silence_is_not_taken_for_a_reset(load, ask):
     """A request given up for want of an answer is not sent again, even on a connection that was used before."""
@@ -138,6 +136,7 @@ def test_nothing_that_was_received_outlives_its_request_while_the_collector_slee
     assert alive == 0
 
 
+@pytest.mark.alone
 def test_a_blocked_loop_is_late_by_every_beat_that_it_swallowed():
     """200 ms of every second: about a fifth of the beats is late, and p99 says so."""
 

@@ -7,7 +7,7 @@ import contextlib
 import io
 import sys
 
-from evidence import holding, overload, queue_verdicts, rate_search, receiving
+from evidence import fuzz, holding, overload, queue_verdicts, rate_search, receiving
 from evidence.page import check, put
 
 
@@ -22,6 +22,7 @@ PROOFS = {
     "receiving": receiving.main,
     "holding": holding.main,
     "overload": overload.main,
+    "fuzz": fuzz.main,
     "rate search": lambda: printed(rate_search.run),
     "queue verdicts": lambda: printed(queue_verdicts.main),
 }

@@ -1,16 +1,18 @@
 """What must hold of the wire parser whatever a server sends; as a script, atheris looks for bytes that break it.
 
-python3.11 -m venv /tmp/atheris-venv && /tmp/atheris-venv/bin/pip install atheris httptools orjson
-PYTHONPATH=src:tests /tmp/atheris-venv/bin/python -P tests/evidence/fuzz.py [SECONDS]
+ATHERIS_PYTHON names a Python that has atheris, which brings none for every version and platform:
+python3.11 -m venv DIR && DIR/bin/pip install atheris httptools orjson
 """
 
 import collections
 import contextlib
 import json
 import os
+import subprocess
 import sys
 import time
 from itertools import accumulate, pairwise
+from pathlib import Path
 
 try:
     import atheris
@@ -53,9 +55,7 @@ WORDS = [
     b"0\r\n\r\n",
 ]
 MOST = 7  # edits, cuts and events of one case
-_REMEDY = (
-    "atheris is missing: python3.11 -m venv DIR && DIR/bin/pip install atheris httptools orjson, then DIR/bin/python"
-)
+ROOT = Path(__file__).parents[2]
 
 
 def response(payloads):
@@ -231,21 +231,35 @@ class Hunt:
             self._faults.setdefault(kind, data.hex())
 
     def _finish(self):
-        print(f"| {self._seconds:g} s | {self._runs:,} executions | {len(self._faults)} faults |")
-        for fault, data in self._faults.items():
-            print(f"{fault}: {data}")
+        json.dump({"executions": self._runs, "faults": self._faults}, sys.stdout)
         sys.stdout.flush()
         os._exit(1 if self._faults else 0)  # libFuzzer never returns
 
 
-def main(seconds=60.0):
-    """Fuzz for so long and print a row: seconds, executions, kinds of faults; then each fault with its bytes."""
-    if atheris is None:
-        print(_REMEDY)
-        sys.exit(2)
-    atheris.Setup([sys.argv[0], "-verbosity=0", "-max_len=2048", "-rss_limit_mb=0", "-seed=1"], Hunt(seconds))
+def hunt(seconds, seed):
+    """Fuzz for so long in this process, then print executions and each kind of fault with its bytes, and end."""
+    atheris.Setup([sys.argv[0], "-verbosity=0", "-max_len=2048", "-rss_limit_mb=0", f"-seed={seed}"], Hunt(seconds))
     atheris.Fuzz()
 
 
+def main(seconds=60, seeds=(1, 2)):
+    """Markdown of a hunt by each seed; the bytes of each fault go to stderr."""
+    python = os.environ.get("ATHERIS_PYTHON")
+    if not python:
+        return "atheris was not there: set ATHERIS_PYTHON."
+    env = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{ROOT / 'tests'}"}
+    rows = []
+    for seed in seeds:
+        command = [python, "-P", __file__, str(seconds), str(seed)]
+        done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, timeout=seconds + 60, check=False)
+        found = json.loads(done.stdout)
+        rows.append([seed, f"{seconds} s", f"{found['executions']:,}", len(found["faults"])])
+        for fault, data in found["faults"].items():
+            print(f"{fault}: {data}", file=sys.stderr)
+    from evidence.page import table
+
+    return table(["seed", "time", "executions", "faults"], rows)
+
+
 if __name__ == "__main__":
-    main(*map(float, sys.argv[1:2]))
+    hunt(*map(int, sys.argv[1:3]))
