@@ -122,7 +122,7 @@ class Worker:
             self._readiness.is_sparing = heart.recent_cpu_share() > _BUSY
             self._alarms.at(now() + _TICK, tick)
 
-        tick()
+        self._alarms.at(now() + _TICK, tick)
 
 
 def _plan(
