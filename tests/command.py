@@ -20,9 +20,9 @@ def statuses(tmp_path, sweep="adhoc"):
     return sorted(r.status for r in runs(tmp_path, sweep))
 
 
-def start(tmp_path, *args):
+def start(tmp_path, *args, command="bench"):
     return subprocess.Popen(
-        [sys.executable, "-m", "stackrace", "bench", *args],
+        [sys.executable, "-m", "stackrace", command, *args],
         cwd=tmp_path,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -1,11 +1,13 @@
 """Calibration: its arithmetic, a short one of the real command, and what later runs make of it."""
 
 import json
+import signal
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from command import start
 
 from stackrace.harness import host
 from stackrace.harness.calibrate import calibration, table
@@ -113,6 +115,18 @@ def test_the_command_prints_a_table_and_later_runs_keep_and_judge_by_it(stackrac
     (meta,) = (json.loads(p.read_text()) for p in (tmp_path / "results" / "s").glob("*/run.json"))
     assert meta["calibration"]["limits"]["events_per_s"]["kernel"] == 100
     assert any("of the events that this machine's client can take" in r for r in meta["validity"]["reasons"])
+
+
+def test_half_a_calibration_is_shown_and_not_kept(tmp_path, processes_of):
+    process = start(tmp_path, "ladder=quick", command="calibrate")
+    assert "events 5,000/s, 1 worker: receive times within" in process.stderr.readline()
+    process.send_signal(signal.SIGINT)
+    table, notes = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert "5,000/s" in table
+    assert notes.endswith("interrupted: half a ladder is no calibration, so none was kept\n")
+    assert not (tmp_path / "results" / "calibration.json").exists()
+    assert processes_of() == []
 
 
 def test_a_calibration_of_another_machine_is_not_used(tmp_path):

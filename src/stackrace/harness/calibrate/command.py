@@ -18,24 +18,25 @@ _WIDTH = 200  # columns where there is no terminal
 
 
 def calibrate(overrides: list[str]) -> int:
-    """Run it; returns the exit code. UsageError for settings that cannot be."""
+    """Run it; returns the exit code, 130 if interrupted. UsageError for settings that cannot be."""
     settings = _compose(overrides)
     hardware, ladder = settings["hardware"], settings["ladder"]
     _check(ladder)
     cores = host.split_cores(hardware["load_generator_cores"], hardware["engine_cores"])
-    console = Console() if Console().is_terminal else Console(width=_WIDTH)
-    console.print("errors are p50 / p99 / max, the load generator against a server that knows when it sent what")
+    notes, console = Console(stderr=True), Console() if Console().is_terminal else Console(width=_WIDTH)
     rungs: list[Rung] = []
-    with Lab(cores) as lab:
-        for rung in Ladders(lab, ladder, settings["right"]).climb(range(1, len(cores.load_generator) + 1)):
-            rungs.append(rung)
-            console.print("  ".join(filter(None, table.cells(rung))), highlight=False, soft_wrap=True, style="dim")
+    try:
+        with Lab(cores) as lab:
+            for rung in Ladders(lab, ladder, settings["right"]).climb(range(1, len(cores.load_generator) + 1)):
+                rungs.append(rung)
+                notes.print(table.line(rung), highlight=False, soft_wrap=True, style="dim")
+    except KeyboardInterrupt:
+        console.print(table.rich_table(rungs))
+        notes.print("interrupted: half a ladder is no calibration, so none was kept")
+        return 130
+    console.print(table.rich_table(rungs))
     out = Path(settings["out"])
     found = calibration.save(out, rungs, settings["right"], " ".join(["stackrace calibrate", *overrides]))
-    shown = table.rich_table()
-    for rung in rungs:
-        shown.add_row(*table.cells(rung))
-    console.print(shown)
     console.print(table.in_words(found), highlight=False, soft_wrap=True)
     console.print(f"kept for later runs: {out}", highlight=False)
     return 0

@@ -1,6 +1,6 @@
 """A calibration for people: one line a rung, and what follows."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rich.table import Table
@@ -31,7 +31,7 @@ def cells(rung: Rung) -> tuple[str, ...]:
     return (
         rung.ladder,
         str(rung.workers),
-        f"{rung.load:,.0f}{_UNITS.get(rung.ladder, '')}",
+        _load(rung),
         "-" if rate is None else f"{rate:,.0f}",
         _spread(o.kernel) if o.stamped else "not stamped",
         _spread(o.user),
@@ -43,9 +43,21 @@ def cells(rung: Rung) -> tuple[str, ...]:
     )
 
 
-def rich_table() -> Table:
-    """Empty."""
-    return Table(*COLUMNS, box=None)
+def rich_table(rungs: Iterable[Rung]) -> Table:
+    """All of them; the caption says what the numbers are."""
+    caption = "errors are p50 / p99 / max, the load generator against a server that knows when it sent what"
+    table = Table(*COLUMNS, box=None, caption=caption, caption_justify="left")
+    for rung in rungs:
+        table.add_row(*cells(rung))
+    return table
+
+
+def line(rung: Rung) -> str:
+    """One rung while the others are still to come; errors at p99, or at most where there are too few for that."""
+    o, workers = rung.outcome, "1 worker" if rung.workers == 1 else f"{rung.workers} workers"
+    kernel = f"{_ms(o.kernel.p99 or o.kernel.max)} ms by kernel stamps" if o.stamped else "no kernel stamps"
+    words = [f"{kernel}, {_ms(o.user.p99 or o.user.max)} by user-space ones", f"CPU {o.cpu_share:.0%}", _remark(rung)]
+    return f"{rung.ladder} {_load(rung)}, {workers}: receive times within {', '.join(filter(None, words))}"
 
 
 def in_words(found: Mapping[str, Any]) -> str:
@@ -58,6 +70,10 @@ def in_words(found: Mapping[str, Any]) -> str:
         f"to {right['user'] * 1000:g} ms up to {_number(events['user'])} by user-space ones; "
         f"it sends {_number(limits['requests_per_s'])} requests/s no later than {right['lag'] * 1000:g} ms (p99)"
     )
+
+
+def _load(rung: Rung) -> str:
+    return f"{rung.load:,.0f}{_UNITS.get(rung.ladder, '')}"
 
 
 def _remark(rung: Rung) -> str:
