@@ -26,7 +26,7 @@ demo: $(READY) ## Race two stacks of the embedded engine on this CPU; leaves res
 
 test: $(READY) ## Everything that needs no engine and no GPU
 	$(BIN)/pytest -n 3 --dist worksteal -m "not alone"
-	$(BIN)/pytest -m alone
+	$(BIN)/pytest -m alone $$(grep -l 'mark.alone' tests/test_*.py)
 
 soak: $(READY) ## The engine's server under 100,000 good, bad and broken requests; about 10 minutes on two cores
 	PYTHONPATH=tests $(BIN)/python -P -m soak --requests 100000

@@ -12,9 +12,8 @@ import pytest
 
 def pytest_configure(config):
     os.environ.setdefault("PYTHONSAFEPATH", "1")
-    if (
-        signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-    ):  # as in a background job; what tests start would ignore it too
+    # as in a background job: what the tests start would ignore it, too
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 

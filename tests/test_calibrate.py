@@ -121,9 +121,9 @@ def test_half_a_calibration_is_shown_and_not_kept(tmp_path, processes_of):
     process = start(tmp_path, "ladder=quick", command="calibrate")
     assert "events 5,000/s, 1 worker: receive times within" in process.stderr.readline()
     process.send_signal(signal.SIGINT)
-    table, notes = process.communicate(timeout=20)
+    said, notes = process.communicate(timeout=20)
     assert process.returncode == 130
-    assert "5,000/s" in table
+    assert "5,000/s" in said
     assert notes.endswith("interrupted: half a ladder is no calibration, so none was kept\n")
     assert not (tmp_path / "results" / "calibration.json").exists()
     assert processes_of() == []

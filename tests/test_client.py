@@ -119,7 +119,7 @@ def test_the_slot_is_free_when_the_last_request_ended_not_when_the_client_notice
     assert [c.slot for c in captures[1:]] == ends[:-1]
 
 
-def test_nothing_that_was_received_outlives_its_request_while_the_collector_sleeps():
+def test_no_exchange_outlives_its_request_while_the_collector_sleeps():
     def handle(connection, number):
         while True:
             receive_request(connection)

@@ -63,7 +63,8 @@ def test_a_cap_on_an_open_loop_shows_the_wait_as_queued(mock_engine, load, ask):
     assert waits == pytest.approx([0, 0.1, 0.2, 0.3, 0.4], abs=20 * MS)
     assert found["ttft"]["max"] == pytest.approx(0.5, abs=25 * MS)
     assert found["ttft_service"]["p50"] == pytest.approx(0.1, abs=10 * MS)
-    assert found["lag"]["p50"] < 5 * MS
+    assert found["ttft_service"]["max"] == pytest.approx(0.1, abs=30 * MS)
+    assert found["lag"]["max"] < 30 * MS
 
 
 def test_requests_are_never_early_and_hardly_late(mock_engine, load, ask):

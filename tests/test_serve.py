@@ -10,10 +10,12 @@ import urllib.request
 import pytest
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_serve_until_told_to_end(tmp_path, processes_of, number):
+@pytest.mark.parametrize(
+    ("number", "backend", "model"), [(signal.SIGINT, "mla", "tiny"), (signal.SIGTERM, "mock", "mock")]
+)
+def test_serve_until_told_to_end(tmp_path, processes_of, number, backend, model):
     process = subprocess.Popen(
-        [sys.executable, "-m", "stackrace", "serve", "backend=mla", "model=tiny"],
+        [sys.executable, "-m", "stackrace", "serve", f"backend={backend}", "model=tiny"],
         cwd=tmp_path,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -21,10 +23,10 @@ def test_serve_until_told_to_end(tmp_path, processes_of, number):
     )
     url = None
     for line in process.stdout:
-        if found := re.search(r"serves 'tiny' at (\S+)/v1", line):
+        if found := re.search(rf"serves '{model}' at (\S+)/v1", line):
             url = found[1]
             break
-    body = {"model": "tiny", "prompt": [7, 8, 9], "max_tokens": 3, "temperature": 0}
+    body = {"model": model, "prompt": [7, 8, 9], "max_tokens": 3, "temperature": 0}
     request = urllib.request.Request(f"{url}/v1/completions", json.dumps(body).encode())
     with urllib.request.urlopen(request, timeout=20) as response:
         assert json.load(response)["usage"]["completion_tokens"] == 3

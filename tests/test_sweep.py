@@ -1,7 +1,9 @@
 """The real command, end to end over the mock: sweeps, their order, resume, kills."""
 
+import contextlib
 import json
 import os
+import random
 import signal
 import socket
 
@@ -15,8 +17,11 @@ from stackrace.harness.sweep import Sweep
 
 
 def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        return taken.getsockname()[1]
+    """One that no connection of another test is given: below those that Linux hands out."""
+    for port in random.sample(range(20_000, 32_000), 100):
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+    raise AssertionError("none of a hundred ports is free")
 
 
 def test_a_sweep_leaves_records_a_table_and_no_process(stackrace, tmp_path, processes_of):
@@ -33,7 +38,7 @@ def test_a_sweep_leaves_records_a_table_and_no_process(stackrace, tmp_path, proc
         assert "journal.jsonl" not in files
         assert len(run.records) == 20
         assert run.meta["summary"]["failed"]["run"] == 0
-        assert run.meta["validity"]["verdict"]  # which of them depends on how busy the machine is
+        assert run.meta["validity"]["verdict"] in ("valid", "suspect", "invalid")  # by how busy the machine is
         assert run.meta["schedule"]["hash"]
         assert run.meta["provenance"]["cpu"]["model"]
         assert "stackrace.backends.mock" in run.meta["backend"]["command"]

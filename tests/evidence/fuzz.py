@@ -1,7 +1,7 @@
 """What must hold of the wire parser whatever a server sends; as a script, atheris looks for bytes that break it.
 
-ATHERIS_PYTHON names a Python that has atheris, which brings none for every version and platform:
-python3.11 -m venv DIR && DIR/bin/pip install atheris httptools orjson
+ATHERIS_PYTHON names a Python that has atheris, which does not come for every version and platform:
+python3.11 -m venv DIR && DIR/bin/pip install atheris httptools orjson. The script's arguments: SECONDS SEED.
 """
 
 import collections
@@ -252,6 +252,8 @@ def main(seconds=60, seeds=(1, 2)):
     for seed in seeds:
         command = [python, "-P", __file__, str(seconds), str(seed)]
         done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, timeout=seconds + 60, check=False)
+        if not done.stdout:
+            sys.exit(f"ATHERIS_PYTHON={python} has no atheris: DIR/bin/pip install atheris httptools orjson")
         found = json.loads(done.stdout)
         rows.append([seed, f"{seconds} s", f"{found['executions']:,}", len(found["faults"])])
         for fault, data in found["faults"].items():

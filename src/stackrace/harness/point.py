@@ -100,7 +100,8 @@ def plan(cfg: DictConfig) -> Point:
     backend: Backend = _build(config["backend"])
     backend.check()
     cores = _cores(config)
-    _build(config["arrival"], "name"), _workload(config)  # what they refuse must not cost a checkpoint first
+    _build(config["arrival"], "name")  # what these two refuse must not cost a checkpoint first
+    _workload(config)
     weights = _weights(backend, config["model"])
     race = _draw(config)
     _check_lengths(race, backend)

@@ -55,8 +55,8 @@ def rich_table(rungs: Iterable[Rung]) -> Table:
 def line(rung: Rung) -> str:
     """One rung while the others are still to come; errors at p99, or at most where there are too few for that."""
     o, workers = rung.outcome, "1 worker" if rung.workers == 1 else f"{rung.workers} workers"
-    kernel = f"{_ms(o.kernel.p99 or o.kernel.max)} ms by kernel stamps" if o.stamped else "no kernel stamps"
-    words = [f"{kernel}, {_ms(o.user.p99 or o.user.max)} by user-space ones", f"CPU {o.cpu_share:.0%}", _remark(rung)]
+    kernel = f"{_worst(o.kernel)} ms by kernel stamps, " if o.stamped else ""
+    words = [f"{kernel}{_worst(o.user)} ms by user-space ones", f"CPU {o.cpu_share:.0%}", _remark(rung)]
     return f"{rung.ladder} {_load(rung)}, {workers}: receive times within {', '.join(filter(None, words))}"
 
 
@@ -84,6 +84,10 @@ def _remark(rung: Rung) -> str:
 
 def _spread(s: Spread) -> str:
     return " / ".join(map(_ms, s))
+
+
+def _worst(s: Spread) -> str:
+    return _ms(s.max if s.p99 is None else s.p99)
 
 
 def _ms(seconds: float | None) -> str:

@@ -40,7 +40,7 @@ class EndOfResponse:
         if self._left is not None:
             self._left -= len(piece)
             return self._left <= 0
-        return self._is_chunked and _LAST_CHUNK.search(self._tail) is not None
+        return self._is_chunked and self._tail[-4:] == _BLANK_LINE and _LAST_CHUNK.search(self._tail) is not None
 
     @property
     def has_begun(self) -> bool:

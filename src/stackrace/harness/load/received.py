@@ -1,7 +1,7 @@
 """What came on the streams, unparsed: a worker's journal of it, and what each request got out of that."""
 
 from array import array
-from collections.abc import MutableMapping
+from collections import defaultdict
 from itertools import accumulate, pairwise
 from typing import NamedTuple
 
@@ -19,31 +19,39 @@ class Reads(NamedTuple):
 
 
 class Journal:
-    """Every read of every stream, in order: columns with an entry a read, emptied from the front."""
+    """Every read of every stream, in order: columns with an entry a read, emptied from the front.
 
-    __slots__ = ("data", "kernel", "positions", "stamps")
+    What was taken is let go of when it is half of what there is: to move the rest each time would cost more than it.
+    """
+
+    __slots__ = ("_taken", "data", "kernel", "positions", "stamps")
 
     def __init__(self) -> None:
+        self._taken = 0
         self.positions: list[int] = []
         self.stamps: list[int] = []
         self.kernel: list[bytes] = []
         self.data: list[bytes] = []
 
     def __len__(self) -> int:
-        return len(self.data)
+        return len(self.data) - self._taken
 
     def take(self, most: int) -> Reads:
         """The oldest entries, `most` of them if there are as many; they are gone from here."""
-        data = self.data[:most]
+        begin, end = self._taken, min(self._taken + most, len(self.data))
+        data = self.data[begin:end]
         reads = Reads(
-            array("q", self.positions[:most]),
-            array("q", self.stamps[:most]),
-            b"".join(self.kernel[:most]),
+            array("q", self.positions[begin:end]),
+            array("q", self.stamps[begin:end]),
+            b"".join(self.kernel[begin:end]),
             array("q", map(len, data)),
             b"".join(data),
         )
-        for column in (self.positions, self.stamps, self.kernel, self.data):
-            del column[:most]
+        self._taken = end
+        if 2 * end >= len(self.data):
+            for column in (self.positions, self.stamps, self.kernel, self.data):
+                del column[:end]
+            self._taken = 0
         return reads
 
 
@@ -58,8 +66,8 @@ class Received:
         self.kernel: list[bytes] = []
 
 
-def hand_out(reads: Reads, requests: MutableMapping[int, Received]) -> None:
-    """Append each read to what its request has received; `requests` makes the ones it lacks."""
+def hand_out(reads: Reads, requests: defaultdict[int, Received]) -> None:
+    """Append each read to what its request has received."""
     stops = pairwise(accumulate(reads.sizes, initial=0))
     for i, (position, stamp, (begin, end)) in enumerate(zip(reads.positions, reads.stamps, stops, strict=True)):
         received = requests[position]
