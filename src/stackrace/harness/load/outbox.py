@@ -10,7 +10,7 @@ from stackrace.harness.load import messages
 from stackrace.harness.load.driver import Capture
 from stackrace.harness.load.received import Journal, Reads
 
-_PAUSE = SECOND // 500  # between two parcels
+_PAUSE = SECOND // 200  # between two parcels
 _READS, _CAPTURES = 1024, 64  # the most that one holds: packing it holds up the loop
 _LATE = SECOND // 2000  # so late is an alarm only where the loop has more to do than it can
 _POSTPONED = SECOND // 100
