@@ -24,8 +24,8 @@ from stackrace.harness.calibrate.trial import Lab
 from stackrace.harness.summary import quantile
 
 SECONDS, RAMP = 4, 1  # of a stream, and until all have begun
-OURS = [1000, 5000, 10000, 20000, 40000, *[60000] * 5, 80000, 100000, *[120000] * 5]
-THEIRS = [100, 500, 1000, 2500, *[5000] * 3, *[10000] * 3, *[20000] * 3, 40000]
+OURS = [*[1000] * 3, *[5000] * 3, *[20000] * 3, *[40000] * 3, *[60000] * 5, *[80000] * 3, *[100000] * 3, *[120000] * 5]
+THEIRS = [*[1000] * 3, *[2500] * 3, *[5000] * 3, *[10000] * 3, *[20000] * 3, 40000]
 RIGHT = 0.001  # seconds, of TTFT and ITL p99
 BENCH = os.environ.get("VLLM_BENCH")
 
