@@ -12,6 +12,10 @@ QUICK = ["backend.ttft=0.01", "backend.gap=0.002", "warmup.requests=1", "lengths
 FAST = ["backend=mock", *QUICK, "stop.requests=20", "arrival.rate=40"]
 
 
+# what a busy machine does to the client's times, which are not what such tests are about
+LENIENT = [f"validity.{name}.invalid=null" for name in ("lag_p99", "loop_lag_p99", "cpu_share")]
+
+
 def runs(tmp_path, sweep="adhoc"):
     return [store.read_run(f) for f in store.find_runs(tmp_path / "results" / sweep)]
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from stackrace.harness import records as table
+from stackrace.harness.calibrate.trial import truth_of
 from stackrace.harness.summary import summarize
 
 pytestmark = pytest.mark.alone
@@ -55,16 +56,17 @@ def test_closed_loop_keeps_the_cap_and_is_due_when_its_slot_is_free(mock_engine,
 
 
 def test_a_cap_on_an_open_loop_shows_the_wait_as_queued(mock_engine, load, ask):
-    endpoint = mock_engine("backend.ttft=0.1", "backend.gap=0.0")
+    endpoint = mock_engine("backend.ttft=0.1", "backend.gap=0.0", "backend.record_truth=true")
     schedule = ask(5, 1, due=[0.001, 0.001, 0.001, 0.001, 0.001])
     records, _ = load(endpoint, schedule, concurrency=1)
     found = summarize(rows(records, schedule), {})
     waits = sorted((r.slot - r.due) / 1e9 for r in records)
     assert waits == pytest.approx([0, 0.1, 0.2, 0.3, 0.4], abs=20 * MS)
     assert found["ttft"]["max"] == pytest.approx(0.5, abs=25 * MS)
+    served = max((t["sent"][0] - t["arrived"]) / 1e9 for t in truth_of(endpoint))  # late itself on a busy machine
+    assert found["ttft_service"]["max"] == pytest.approx(served, abs=10 * MS)
     assert found["ttft_service"]["p50"] == pytest.approx(0.1, abs=10 * MS)
-    assert found["ttft_service"]["max"] == pytest.approx(0.1, abs=30 * MS)
-    assert found["lag"]["max"] < 30 * MS
+    assert found["lag"]["max"] < 5 * MS
 
 
 def test_requests_are_never_early_and_hardly_late(mock_engine, load, ask):

@@ -82,4 +82,4 @@ def test_choosing_sorting_and_hovering(page, tmp_path):
     assert re.findall(r"<tr[^>]*>.*?<td data-value=\"([\d.]+)\"", body, re.S) == ["4.0", "4.0", "1.0", "1.0"]
     shown = document[document.index('id="tip"') :]
     assert "<strong>&lt;i&gt;a&lt;/i&gt;</strong><p>1 req/s · 128 in, 4 out · repeat 0</p>" in shown
-    assert "<tr><td>TTFT</td><td>p50 8.00 · p90 8.00 · " in shown
+    assert "<tr><td>TTFT</td><td>p50 8.00 · p90 8.00 · steady p50 8.00</td><td>ms</td></tr>" in shown

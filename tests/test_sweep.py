@@ -8,7 +8,7 @@ import signal
 import socket
 
 import pytest
-from command import FAST, QUICK, runs, start, statuses, wait_for
+from command import FAST, LENIENT, QUICK, runs, start, statuses, wait_for
 from rich.console import Console
 
 from stackrace.harness import store
@@ -25,8 +25,7 @@ def free_port():
 
 
 def test_a_sweep_leaves_records_a_table_and_no_process(stackrace, tmp_path, processes_of):
-    port = free_port()
-    done = stackrace("bench", "-m", *FAST, "arrival.rate=40,80", "sweep=s", f"backend.port={port}")
+    done = stackrace("bench", "-m", *FAST, *LENIENT, "arrival.rate=40,80", "sweep=s")
     assert done.returncode == 0, done.stderr
     assert "[2/2] mock · 80 req/s" in done.stderr
     assert "dashboard: stackrace report results/s" in done.stdout
@@ -38,11 +37,11 @@ def test_a_sweep_leaves_records_a_table_and_no_process(stackrace, tmp_path, proc
         assert "journal.jsonl" not in files
         assert len(run.records) == 20
         assert run.meta["summary"]["failed"]["run"] == 0
-        assert run.meta["validity"]["verdict"] in ("valid", "suspect", "invalid")  # by how busy the machine is
+        assert run.meta["validity"]["verdict"] in ("valid", "suspect"), run.meta["validity"]["reasons"]
         assert run.meta["schedule"]["hash"]
         assert run.meta["provenance"]["cpu"]["model"]
         assert "stackrace.backends.mock" in run.meta["backend"]["command"]
-    assert {r.meta["backend"]["command"][4] for r in found} == {str(port)}
+    assert len({r.meta["backend"]["command"][4] for r in found}) == 1  # one launch, and so one port, for both
     assert processes_of() == []
 
 
@@ -136,8 +135,9 @@ def test_repeats_are_apart(compose, tmp_path):
     assert ran == [(n, t, r) for n in (0, 1) for t in (1, 2) for r in (5, 6)]
 
 
-def test_a_port_of_ones_own_is_kept_under_another_launcher(stackrace, tmp_path):
-    args = ["-m", *FAST, "stop.requests=4", "arrival.rate=40,80", f"backend.port={free_port()}", "sweep=s"]
-    done = stackrace("bench", *args, "hydra/launcher=basic")
-    assert done.returncode == 0, done.stderr
-    assert statuses(tmp_path, "s") == ["ok", "ok"]
+def test_a_port_of_ones_own_is_kept_over_a_sweep(stackrace, tmp_path):
+    args = ["-m", *FAST, "stop.requests=4", "arrival.rate=40,80", f"backend.port={free_port()}"]
+    for launcher in ("stackrace", "basic"):
+        done = stackrace("bench", *args, f"hydra/launcher={launcher}", f"sweep={launcher}")
+        assert done.returncode == 0, done.stderr
+        assert statuses(tmp_path, launcher) == ["ok", "ok"]

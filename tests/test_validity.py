@@ -168,9 +168,9 @@ def test_it_is_found_in_front_of_a_cap_too():
 
 
 def test_a_steady_queue_is_not_called_growing():
-    """Load 0.6, 100 runs: false alarms as rare as the rule promises (1 in 120, and the 1.3 besides)."""
-    alarms = sum("growing" in verdict(queue(6, 0.1, 30, seed))[1] for seed in range(100))
-    assert alarms <= 3
+    """Load 0.6, 200 runs: false alarms as rare as the rule promises (1 in 120, and the 1.3 besides)."""
+    alarms = sum("growing" in verdict(queue(6, 0.1, 30, seed))[1] for seed in range(200))
+    assert alarms <= 4
 
 
 def test_a_run_that_is_still_filling_up_is_not_called_growing():
