@@ -19,7 +19,7 @@ from stackrace.harness.clock import SECOND
 from stackrace.harness.errors import PointFailed, UsageError, one_line, require
 from stackrace.harness.schedule import Schedule
 from stackrace.harness.summary import parse_slo
-from stackrace.harness.types import Workload
+from stackrace.harness.types import Arrival, Workload
 from stackrace.workloads.arrivals import Immediate
 
 _PATHS = ("models", "results", "sweep", "calibration")
@@ -67,7 +67,7 @@ class Point:
 
     def schedule(self) -> Schedule:
         """Drawn again, since a sweep's prompts together could fill the memory. PointFailed if it came out different."""
-        drawn = _draw(self.config)
+        drawn = _draw(self.config, _build(self.config["arrival"], "name"), _workload(self.config))
         if drawn.hash != self.schedule_hash:
             raise PointFailed("the workload draws another schedule each time: it must draw from the rng it is given")
         return drawn
@@ -100,10 +100,9 @@ def plan(cfg: DictConfig) -> Point:
     backend: Backend = _build(config["backend"])
     backend.check()
     cores = _cores(config)
-    _build(config["arrival"], "name")  # what these two refuse must not cost a checkpoint first
-    _workload(config)
+    arrival, workload = _build(config["arrival"], "name"), _workload(config)  # may refuse: before a checkpoint is made
     weights = _weights(backend, config["model"])
-    race = _draw(config)
+    race = _draw(config, arrival, workload)
     _check_lengths(race, backend)
     fingerprint = backend.fingerprint()
     n = len(race.requests)
@@ -166,8 +165,8 @@ def _check_numbers(config: Mapping[str, Any]) -> None:
         require(f"timeouts.{name}", value, number, lambda v: v > 0, "a number of seconds above 0")
 
 
-def _draw(config: Mapping[str, Any]) -> Schedule:
-    arrival, workload, stop = _build(config["arrival"], "name"), _workload(config), config["stop"]
+def _draw(config: Mapping[str, Any], arrival: Arrival, workload: Workload) -> Schedule:
+    stop = config["stop"]
     is_endless = not getattr(workload, "is_finite", False)
     if is_endless and stop["requests"] is None and (stop["seconds"] is None or isinstance(arrival, Immediate)):
         raise UsageError("stop.requests=null: without it a closed loop, or a run without stop.seconds, has no end")

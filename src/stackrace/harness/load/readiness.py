@@ -5,7 +5,7 @@ read until a read comes up short. The end of a stream raises no edge of its own 
 shows; such a stream is told of until it is ignored.
 
 Linux acknowledges each event by a packet of its own. A busy process is told to be sparing: then it has the kernel
-acknowledge every other one, as on a connection that carries data both ways, which saves a tenth of the time that an
+acknowledge every other one, as on a connection that carries data both ways: a packet costs it much of the time that an
 event takes. It asks once a request, and the kernel returns to its habit where an event was more than 40 ms in coming. A
 process that has time is not sparing: a server that holds an event back until the last one was acknowledged (Nagle) is
 slowed by it.
