@@ -8,14 +8,17 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from stackrace.backends.checkpoint import Checkpoint
 from stackrace.backends.running import Engine, Placement
 from stackrace.harness.errors import UsageError, require
 from stackrace.harness.types import Endpoint
 
-_NO_IDENTITY = ("port", "host", "api_key_env", "checkpoint", "startup_timeout", "stop_grace", "shutdown_timeout")
+_NO_IDENTITY = (
+    *("port", "host", "api_key_env", "checkpoint", "startup_timeout", "stop_grace", "shutdown_timeout"),
+    *("engines", "python", "launcher", "check_flags"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +35,8 @@ class Backend(ABC):
     env: Mapping[str, str]
     extra_body: Mapping[str, Any]  # further fields of every request
     omit: tuple[str, ...]  # fields that this stack refuses
+
+    reset_path: ClassVar[str | None] = None  # a POST there empties its prefix cache
 
     @abstractmethod
     def command(self, at: Placement) -> list[str]:
@@ -55,6 +60,11 @@ class Backend(ABC):
         """Raise a UsageError if the port that was asked for is taken; called while none of our engines runs."""
         if self.port and not _is_free(self.port):
             raise UsageError(f"backend.port={self.port} is in use: stop what listens there, or set backend.port=0")
+
+    @property
+    def has_prefix_cache(self) -> bool:
+        """It keeps what it computed for one prompt for another that begins alike."""
+        return bool(getattr(self, "enable_prefix_caching", False))
 
     def headers(self) -> dict[str, str]:
         """Headers that requests must carry; secrets, so they stay in memory."""

@@ -17,6 +17,8 @@ from stackrace.harness.types import Endpoint
 
 _POLL = 0.1
 _LOG_LINES = 20
+_LONGEST_RESET = 10  # seconds: what was given up a moment ago may still be running
+_NO_PROXY = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # nor does the load generator know one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +81,15 @@ class Engine:
                 )
             time.sleep(_POLL)
 
+    def empty_cache(self, path: str) -> None:
+        """Empty its prefix cache by a POST to `path`. EngineError if it will not, though nothing is in flight."""
+        deadline = time.monotonic() + _LONGEST_RESET
+        while (refusal := refused(self.endpoint, path)) is not None:
+            self.check_alive()
+            if time.monotonic() > deadline:
+                raise EngineError(f"{self.name} does not empty its prefix cache: {self.endpoint.scrub(refusal)}")
+            time.sleep(_POLL)
+
     def log_tail(self) -> str:
         """The last lines that it has printed since it was launched."""
         with self.log.open("rb") as log:
@@ -122,9 +133,8 @@ def has_token(endpoint: Endpoint, timeout: float) -> bool:
     content = json.dumps({k: v for k, v in body.items() if k not in endpoint.omit}).encode()
     headers = {"Content-Type": "application/json", **endpoint.headers}
     request = urllib.request.Request(f"{endpoint.url.rstrip('/')}/v1/completions", content, headers)
-    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # the load generator knows no proxy either
     try:
-        with direct.open(request, timeout=max(timeout, _POLL)) as response:
+        with _NO_PROXY.open(request, timeout=max(timeout, _POLL)) as response:
             return _brought_token(json.load(response))
     except urllib.error.HTTPError as e:
         if 400 <= e.code < 500 and e.code not in (408, 429):
@@ -133,6 +143,28 @@ def has_token(endpoint: Endpoint, timeout: float) -> bool:
         return False
     except (OSError, ValueError, http.client.HTTPException):
         return False
+
+
+def refused(endpoint: Endpoint, path: str) -> str | None:
+    """What an empty POST to `path` was refused with; None if it was done."""
+    request = urllib.request.Request(f"{endpoint.url.rstrip('/')}{path}", b"", dict(endpoint.headers))
+    try:
+        with _NO_PROXY.open(request, timeout=_LONGEST_RESET) as response:
+            said = response.read().decode(errors="replace")
+    except urllib.error.HTTPError as e:
+        return f"POST {path}: HTTP {e.code}: {e.read().decode(errors='replace')[:300]}"
+    except (OSError, http.client.HTTPException) as e:
+        return f"POST {path}: {type(e).__name__}: {e}"
+    return f"POST {path}: {said[:300]}" if _says_false(said) else None
+
+
+def _says_false(said: str) -> bool:
+    """vLLM answers 200 either way, with `success` in JSON; SGLang's text is no JSON."""
+    try:
+        answer = json.loads(said)
+    except ValueError:
+        return False
+    return isinstance(answer, dict) and answer.get("success") is False
 
 
 def _brought_token(answer: object) -> bool:

@@ -22,7 +22,9 @@ from stackrace.harness.summary import parse_slo
 from stackrace.harness.types import Arrival, Workload
 from stackrace.workloads.arrivals import Immediate
 
-_PATHS = ("models", "results", "sweep", "calibration")
+_PATHS = ("models", "engines", "results", "sweep", "calibration")
+_IN_BACKEND = ("common", "division", "backend")  # its fingerprint tells them
+_DIVISIONS = ("matched", "tuned")
 _SOURCES = ("path", "tokenizer")  # of a workload: what they hold is in the schedule
 _WARMUP_SEED = 1 << 32  # added to the seed: other prompts, as repeatable
 
@@ -88,6 +90,7 @@ class Point:
             "concurrency": self.config["concurrency"],
             "input_tokens": self.input_tokens,
             "output_tokens": self.output_tokens,
+            "division": self.config["division"],
             "repeat": self.config["repeat"],
         }
 
@@ -140,7 +143,20 @@ def _resolve(cfg: DictConfig) -> dict[str, Any]:
     except OmegaConfBaseException as e:
         raise UsageError(str(e).splitlines()[0]) from None
     assert isinstance(config, dict)
-    return {str(k): v for k, v in config.items()}
+    return _in_division({str(k): v for k, v in config.items()})
+
+
+def _in_division(config: dict[str, Any]) -> dict[str, Any]:
+    """The backend as its division wants it: `tuned` has its own values for what it names."""
+    division = config["division"]
+    require("division", division, str, lambda v: v in _DIVISIONS, " or ".join(_DIVISIONS))
+    backend = dict(config["backend"])
+    tuned = backend.pop("tuned", {})
+    for name, value in tuned.items() if division == "tuned" else ():
+        if name not in backend:
+            raise UsageError(f"backend.tuned.{name}: there is no backend.{name} to tune; correct the name")
+        backend[name] = {**backend[name], **value} if isinstance(value, dict) else value
+    return {**config, "backend": backend}
 
 
 def _check_numbers(config: Mapping[str, Any]) -> None:
@@ -235,7 +251,7 @@ def _key(
     config: Mapping[str, Any], fingerprint: str, weights: str | None, schedule_hash: str, cores: host.Cores
 ) -> str:
     """12 hex digits that change whenever the result could: by settings, stack, weights, schedule or processor."""
-    settings = {k: v for k, v in config.items() if k not in (*_PATHS, "backend")}
+    settings = {k: v for k, v in config.items() if k not in (*_PATHS, *_IN_BACKEND)}
     settings["workload"] = _without(config["workload"], _SOURCES)
     settings["model"] = {k: v for k, v in config["model"].items() if k != "checkpoint"}
     settings["hardware"] = {k: v for k, v in config["hardware"].items() if k != "roofs"}

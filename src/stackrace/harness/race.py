@@ -160,6 +160,8 @@ class _Run:
             raise EngineError("the engine's code changed after this sweep was planned: run the same command again")
         engine = garage.engine(point.backend, folder, point.cores.engine, point.launch)
         self._endpoint = engine.endpoint
+        if point.backend.reset_path is not None and point.backend.has_prefix_cache:
+            engine.empty_cache(point.backend.reset_path)
         self._writer.update(
             backend={
                 "command": engine.command,

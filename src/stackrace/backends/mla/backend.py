@@ -4,6 +4,7 @@ import sys
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import ClassVar
 
 import stackrace
 from stackrace.backends.architectures import kv_widths
@@ -35,6 +36,8 @@ class MLA(Backend):
     api_key_env: str | None
     shutdown_timeout: float
     step_events: bool
+
+    reset_path: ClassVar[str | None] = "/reset_prefix_cache"
 
     def __post_init__(self) -> None:
         require("backend.attention", self.attention, str, lambda v: v in KINDS, "mla, mha or gqa")
