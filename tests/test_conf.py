@@ -54,7 +54,12 @@ def test_every_experiment_plans(compose, models, experiment):
     assert "MULTIRUN" in mode
     assert next(iter(params)) in ("backend", "model"), "the engine must vary slowest"
     for overrides in first_and_last(params):
-        point = plan(compose(f"experiment={experiment}", models, *overrides))
+        cfg = compose(f"experiment={experiment}", models, "engines=nowhere", *overrides)
+        if "engines" in cfg.backend:
+            with pytest.raises(UsageError, match=r"no environment nowhere/.*stackrace engine install"):
+                plan(cfg)
+            continue
+        point = plan(cfg)
         assert point.due
         assert point.folder.parts[:2] == ("results", experiment)
 

@@ -161,9 +161,9 @@ def _in_division(config: dict[str, Any]) -> dict[str, Any]:
 
 def _check_numbers(config: Mapping[str, Any]) -> None:
     number = (int, float)
-    for name in ("requests", "seconds"):
+    for name in ("requests", "rounds", "seconds"):
         if (value := config["stop"][name]) is not None:
-            kind = int if name == "requests" else number
+            kind = number if name == "seconds" else int
             require(f"stop.{name}", value, kind, lambda v: v > 0, "above 0, or null")
     if config["concurrency"] is not None:
         require("concurrency", config["concurrency"], int, lambda v: v > 0, "a whole number above 0, or null")
@@ -186,7 +186,16 @@ def _draw(config: Mapping[str, Any], arrival: Arrival, workload: Workload) -> Sc
     is_endless = not getattr(workload, "is_finite", False)
     if is_endless and stop["requests"] is None and (stop["seconds"] is None or isinstance(arrival, Immediate)):
         raise UsageError("stop.requests=null: without it a closed loop, or a run without stop.seconds, has no end")
-    return schedule.draw(workload, arrival, config["seed"], stop["requests"], stop["seconds"])
+    return schedule.draw(workload, arrival, config["seed"], _requests(config), stop["seconds"])
+
+
+def _requests(config: Mapping[str, Any]) -> int | None:
+    """How many are asked; None where time alone ends the point."""
+    requests: int | None = config["stop"]["requests"]
+    rounds = config["stop"]["rounds"]
+    if requests is None or rounds is None or config["concurrency"] is None:
+        return requests
+    return int(max(requests, rounds * config["concurrency"]))
 
 
 def _workload(config: Mapping[str, Any]) -> Workload:
