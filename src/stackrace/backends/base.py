@@ -123,15 +123,15 @@ def source_hash(*folders_and_files: Path) -> str:
     return digest.hexdigest()[:12]
 
 
-def flags(options: Mapping[str, str | int | float | bool | None]) -> list[str]:
-    """`{max_num_seqs: 8, enforce_eager: true, x: null}` -> `--max-num-seqs 8 --enforce-eager`."""
+def flags(options: Mapping[str, Any]) -> list[str]:
+    """`{max_num_seqs: 8, sizes: [1, 2], eager: true, x: null}` -> `--max-num-seqs 8 --sizes 1 2 --eager`."""
     words = []
     for name, value in options.items():
         if value is None or value is False:
             continue
         words.append("--" + name.replace("_", "-"))
         if value is not True:
-            words.append(str(value))
+            words += map(str, value) if isinstance(value, (list, tuple)) else [str(value)]
     return words
 
 

@@ -1,0 +1,56 @@
+#!/usr/bin/env bash
+# One visit to a GPU machine without a network, in steps that each end within ten minutes and go on where they stopped.
+#
+#   visit.sh unpack NAME FOLDER   FOLDER/NAME.part* (stackrace engine bundle NAME) -> $WORK/engines/NAME
+#   visit.sh model [NAME]         the seeded checkpoint, computed on the GPU into $MODELS; in the background
+#   visit.sh race SECONDS [...]   starts or goes on with the sweep, in the background; waits that long and says where it is
+#   visit.sh state                GPU, clocks, power, processes: what stands beside every figure
+#   visit.sh pack FILE            results so far, as a tar
+#
+# The machine has Python 3.12, torch 2.11 for CUDA 13 and triton 3.6; all else comes in bundles.
+set -euo pipefail
+WORK=${WORK:-$HOME/visit}
+MODELS=${MODELS:-/dev/shm/models}
+HERE=$WORK/src/results/published/h200-dsv2-lite
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../../.." && pwd)
+
+site() { echo "$WORK/engines/$1:$WORK/engines/$1/nvidia_cutlass_dsl/python_packages"; }
+export VLLM_SITE=$(site vllm) SGLANG_SITE=$(site sglang)
+export PYTHONPATH=$WORK/src/src:$WORK/engines/stackrace HYDRA_FULL_ERROR=1
+
+# A copy: what the checkout holds may change while a race runs.
+copy() { [ -d "$WORK/src" ] || { mkdir -p "$WORK/src" && tar -C "$ROOT" -c src results pyproject.toml | tar -xC "$WORK/src"; }; }
+in_background() { # NAME command...: keeps running when this step ends; its output in $WORK/NAME.log
+  local name=$1; shift
+  if pid=$(cat "$WORK/$name.pid" 2>/dev/null) && kill -0 "$pid" 2>/dev/null; then echo "$name runs already"; return; fi
+  (cd "$WORK" && setsid nohup "$@" >>"$WORK/$name.log" 2>&1 & echo $! >"$WORK/$name.pid")
+}
+wait_for() { # NAME SECONDS: until it has ended, or for so long
+  local end=$((SECONDS + $2))
+  while kill -0 "$(cat "$WORK/$1.pid")" 2>/dev/null && [ $SECONDS -lt $end ]; do sleep 1; done
+  tail -n "${LINES_SHOWN:-40}" "$WORK/$1.log" | cut -c1-300
+  if kill -0 "$(cat "$WORK/$1.pid")" 2>/dev/null; then echo "$1: still running"; else echo "$1: ended"; fi
+}
+
+case ${1:-} in
+unpack)
+  mkdir -p "$WORK/engines/$2" && cat "$3/$2".part* | tar -xz -C "$WORK/engines/$2" && du -sh "$WORK/engines/$2" ;;
+model)
+  copy; name=${2:-dsv2_lite}; mkdir -p "$MODELS"
+  [ -d "$MODELS/$name-seed0" ] || in_background model \
+    python3 -m stackrace model make "$name" --seed 0 --out "$MODELS/$name-seed0" --device cuda ;;
+race)
+  copy; seconds=$2; shift 2
+  in_background race python3 -m stackrace bench --config-dir "$HERE/conf" \
+    experiment=h200_dsv2_lite models="$MODELS" results="$WORK/results" "$@"
+  wait_for race "$seconds" ;;
+wait)
+  wait_for "$2" "$3" ;;
+state)
+  nvidia-smi --query-gpu=name,driver_version,memory.used,power.draw,power.limit,clocks.sm,clocks.mem,temperature.gpu,clocks_event_reasons.active --format=csv
+  nvidia-smi --query-compute-apps=pid,used_memory --format=csv,noheader; nproc; free -g | head -2; df -h /dev/shm | tail -1 ;;
+pack)
+  (cd "$WORK" && tar -cf - results ./*.log) | gzip -6 >"$2"; ls -l "$2" ;;
+*)
+  sed -n '2,12s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 2 ;;
+esac
