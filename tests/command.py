@@ -6,7 +6,10 @@ import time
 
 from stackrace.harness import store
 
-QUICK = ["backend.ttft=0.01", "backend.gap=0.002", "warmup.requests=1", "lengths.output.tokens=8"]
+ONE_ROUND = ["warmup.requests=1", "warmup.tolerance=null"]
+
+
+QUICK = ["backend.ttft=0.01", "backend.gap=0.002", "lengths.output.tokens=8", *ONE_ROUND]
 
 
 FAST = ["backend=mock", *QUICK, "stop.requests=20", "arrival.rate=40"]

@@ -87,15 +87,12 @@ def load(tmp_path):
     from stackrace.harness import host
     from stackrace.harness.load.generator import collect
     from stackrace.harness.load.messages import Job
-    from stackrace.harness.schedule import Schedule
 
-    def run(endpoint, schedule, **changes):
+    def run(endpoint, schedule, next_round=None, **changes):
         path = tmp_path / "schedule.parquet"
         schedule.save(path)
         settings = {
             "sessions": len(schedule.sessions),
-            "warmup": Schedule((), ()),
-            "warmup_concurrency": 1,
             "concurrency": None,
             "seconds": None,
             "drain": 5.0,
@@ -107,7 +104,7 @@ def load(tmp_path):
             "parser_cores": host.usable_cores(),
         }
         job = Job(endpoint=endpoint, schedule=path, **{**settings, **changes})
-        found = collect(job)
+        found = collect(job, next_round)
         return sorted(found.records, key=lambda r: r.id), found.health
 
     return run

@@ -8,8 +8,11 @@ from hydra import initialize_config_module
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
+from stackrace.backends.running import Attached
 from stackrace.harness.errors import UsageError
 from stackrace.harness.point import plan
+from stackrace.harness.types import Endpoint
+from stackrace.harness.warmup import WarmUp
 
 CONF = Path(__file__).parents[1] / "src" / "stackrace" / "conf"
 EXPERIMENTS = sorted(p.stem for p in (CONF / "experiment").glob("*.yaml"))
@@ -77,7 +80,8 @@ def test_what_ends_by_itself_needs_no_other_end(compose, models):
 
 def test_the_warm_up_of_a_trace_asks_other_tokens_at_once(compose, models):
     point = plan(compose("backend=mock", models, *NEEDS["mooncake"], "workload=mooncake", "warmup.requests=5"))
-    warm, race = point.warmup(), point.schedule()
+    race = point.schedule()
+    warm = WarmUp(point, race.requests, Attached("x", Endpoint("http://x", "m"))).next_round(None).schedule
     assert warm.is_immediate
     assert [len(r.prompt) for r in warm.requests] == [len(r.prompt) for r in race.requests]
     assert not {r.prompt[:8] for r in warm.requests} & {r.prompt[:8] for r in race.requests}

@@ -7,6 +7,7 @@ import pytest
 
 from stackrace.harness import records as table
 from stackrace.harness.calibrate.trial import truth_of
+from stackrace.harness.load.messages import Round
 from stackrace.harness.summary import summarize
 
 pytestmark = pytest.mark.alone
@@ -122,7 +123,14 @@ def test_a_silent_stream_is_given_up(mock_engine, load, ask):
 
 def test_warm_up_is_not_recorded(mock_engine, load, ask):
     endpoint = mock_engine("backend.ttft=0.01", "backend.gap=0.0")
-    warmup = ask(5, 2)
-    records, _ = load(endpoint, ask(3, 2), warmup=warmup, warmup_concurrency=2)
+    told = []
+
+    def next_round(last):
+        told.append(last)
+        return Round(ask(5, 3), 2) if len(told) < 3 else None
+
+    records, _ = load(endpoint, ask(3, 2), next_round)
+    assert [(r.requests, r.failed) for r in told[1:]] == [(5, 0), (5, 0)]
+    assert all(r.ttft == pytest.approx(0.01, abs=0.005) and r.tpot < 0.005 for r in told[1:])
     assert [r.id for r in records] == [0, 1, 2]
     assert min(r.due for r in records) == 0

@@ -33,6 +33,9 @@ class Placement:
 class Engine:
     """A running engine, watched over by a guardian process."""
 
+    warm: set[object]  # shapes of requests at which this launch's latencies have settled
+    rounds: int  # of warm-ups that it has been asked
+
     def __init__(
         self,
         name: str,
@@ -48,6 +51,7 @@ class Engine:
         self.command = command
         self.log = at.folder / "server.log"
         self._grace = grace
+        self.warm, self.rounds = set(), 0
         guardian = [sys.executable, "-m", "stackrace.backends.guardian"]
         self._log_from = self.log.stat().st_size if self.log.exists() else 0
         with self.log.open("ab") as log:
@@ -116,6 +120,7 @@ class Attached(Engine):
         self.endpoint = endpoint
         self.log = Path(os.devnull)
         self._log_from = 0
+        self.warm, self.rounds = set(), 0
 
     def check_alive(self) -> None:
         """Nothing of ours to look at."""

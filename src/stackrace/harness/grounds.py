@@ -45,12 +45,24 @@ def findings(
 ) -> Iterator[Finding]:
     """Every quantity that a threshold of conf's `validity` may judge; `grown` is what `growth_of` gives."""
     yield from _of_the_client(run, summary, config, meta)
+    yield _warmup(meta.get("warmup") or {})
     yield Finding("error_share", _share(run.failed, ~run.censored), "{:.1%} of the requests failed")
     yield Finding("wrong_lengths", _share(_has_wrong_length(run), run.ok), "{:.1%} of the answers have wrong lengths")
     beyond = _cached_beyond(run, _repeated_tokens(run, config, meta))
     yield Finding("cached_share", beyond, "{:.1%} of the prompt tokens came from a prefix cache, unasked")
     rose = grown.end if grown is not None and grown.is_rising else None
     yield Finding("queue_growth", rose, "unsustainable: the queue kept growing, {:.1f} times as long at the end")
+
+
+def _warmup(told: Mapping[str, Any]) -> Finding:
+    """How much latencies still changed when the warm-up ran into its limit; None if it did not, or none was judged."""
+    if told.get("settled") is not False:  # older runs do not say
+        return Finding("warmup_change", None, "")
+    rounds, limit = len(told["rounds"]), told["ended"]
+    words = f"the warm-up had not settled after {rounds} rounds ({limit})"
+    if told["change"] is None:
+        return Finding("warmup_change", np.inf, f"{words}: too few to tell")
+    return Finding("warmup_change", told["change"], words + ": latency changed by {:.0%} in the last one")
 
 
 def _of_the_client(

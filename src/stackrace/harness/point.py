@@ -26,7 +26,6 @@ _PATHS = ("models", "engines", "results", "sweep", "calibration")
 _IN_BACKEND = ("common", "division", "backend")  # its fingerprint tells them
 _DIVISIONS = ("matched", "tuned")
 _SOURCES = ("path", "tokenizer")  # of a workload: what they hold is in the schedule
-_WARMUP_SEED = 1 << 32  # added to the seed: other prompts, as repeatable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,10 +73,9 @@ class Point:
             raise PointFailed("the workload draws another schedule each time: it must draw from the rng it is given")
         return drawn
 
-    def warmup(self) -> Schedule:
-        """Other prompts of the same workload."""
-        seed, requests = self.config["seed"] + _WARMUP_SEED, self.config["warmup"]["requests"]
-        return schedule.draw(_workload(self.config), Immediate(), seed, requests, None)
+    def workload(self) -> Workload:
+        """What is asked, built anew."""
+        return _workload(self.config)
 
     def labels(self) -> dict[str, Any]:
         """What tells it from the other points of a sweep."""
@@ -169,8 +167,7 @@ def _check_numbers(config: Mapping[str, Any]) -> None:
         require("concurrency", config["concurrency"], int, lambda v: v > 0, "a whole number above 0, or null")
     require("seed", config["seed"], int, lambda v: v >= 0, "a whole number, 0 or more")
     require("stop.drain", config["stop"]["drain"], number, lambda v: v >= 0, "a number of seconds")
-    require("warmup.requests", config["warmup"]["requests"], int, lambda v: v > 0, "a whole number above 0")
-    require("warmup.concurrency", config["warmup"]["concurrency"], int, lambda v: v > 0, "a whole number above 0")
+    _check_warmup(config["warmup"])
     for name, limits in config["validity"].items():
         wanted = "a mapping of suspect and invalid"
         require(f"validity.{name}", limits, dict, lambda v: {"suspect", "invalid"} == set(v), wanted)
@@ -179,6 +176,20 @@ def _check_numbers(config: Mapping[str, Any]) -> None:
                 require(f"validity.{name}.{grade}", limit, number, lambda v: v >= 0, "a number, 0 or more, or null")
     for name, value in config["timeouts"].items():
         require(f"timeouts.{name}", value, number, lambda v: v > 0, "a number of seconds above 0")
+
+
+def _check_warmup(warmup: Mapping[str, Any]) -> None:
+    number, rounds, tolerance = (int, float), warmup["rounds"], warmup["tolerance"]
+    for name in ("requests", "concurrency", "output_tokens"):
+        require(f"warmup.{name}", warmup[name], int, lambda v: v > 0, "a whole number above 0")
+    require("warmup.rounds.least", rounds["least"], int, lambda v: v > 0, "a whole number above 0")
+    fewest = max(rounds["least"], 1 if tolerance is None else 2)
+    wanted = f"a whole number, {fewest} or more: rounds are compared, and warmup.rounds.least is {rounds['least']}"
+    require("warmup.rounds.most", rounds["most"], int, lambda v: v >= fewest, wanted)
+    if tolerance is not None:
+        require("warmup.tolerance", tolerance, number, lambda v: v > 0, "a share above 0, or null: nothing is judged")
+    require("warmup.seconds", warmup["seconds"], number, lambda v: v > 0, "a number of seconds above 0")
+    require("warmup.slack", warmup["slack"], number, lambda v: v >= 0, "a number of seconds")
 
 
 def _draw(config: Mapping[str, Any], arrival: Arrival, workload: Workload) -> Schedule:

@@ -19,7 +19,7 @@ from stackrace.harness.clock import SECOND, now
 from stackrace.harness.errors import EngineError, LoadGeneratorDied, PointFailed, StackraceError
 from stackrace.harness.load.generator import LoadGenerator
 from stackrace.harness.load.health import Health
-from stackrace.harness.load.messages import Finished, Job, Message, Started, Tick, WarmedUp
+from stackrace.harness.load.messages import Cold, Finished, Job, Message, RoundDone, Started, Tick
 from stackrace.harness.point import Point
 from stackrace.harness.provenance import provenance
 from stackrace.harness.secrets import public, without_secrets
@@ -27,6 +27,7 @@ from stackrace.harness.store import RunWriter
 from stackrace.harness.summary import steadiness, summarize
 from stackrace.harness.types import Endpoint, Record, Request
 from stackrace.harness.validity import judge
+from stackrace.harness.warmup import WarmUp
 
 _REFRESH = 0.25
 _RECENT = 5 * SECOND
@@ -109,6 +110,7 @@ class _Run:
         self._requests: tuple[Request, ...] = ()
         self._sessions = 0
         self._endpoint: Endpoint | None = None
+        self._warmup: WarmUp | None = None
         self._in_flight: dict[int, int] = {}  # by worker
         self._health: list[Health] = []
         self._stamped = 0
@@ -122,7 +124,8 @@ class _Run:
         self._requests, self._sessions = schedule.requests, len(schedule.sessions)
         engine = self._launch(garage)
         self._standing.phase = "warming up"
-        with LoadGenerator(self._job(engine)) as generator:
+        self._warmup = WarmUp(self._point, self._requests, engine)
+        with LoadGenerator(self._job(engine), self._warmup.next_round) as generator:
             try:
                 self._listen(generator, engine)
             except BaseException:
@@ -178,8 +181,6 @@ class _Run:
             endpoint=engine.endpoint,
             schedule=point.folder / "schedule.parquet",
             sessions=self._sessions,
-            warmup=point.warmup(),
-            warmup_concurrency=config["warmup"]["concurrency"],
             concurrency=config["concurrency"],
             seconds=config["stop"]["seconds"],
             drain=config["stop"]["drain"],
@@ -208,13 +209,13 @@ class _Run:
             self._in_flight[message.worker] = message.in_flight
             standing.in_flight = sum(self._in_flight.values())
         elif isinstance(message, Started) and standing.start is None:
+            assert self._warmup is not None
             standing.phase, standing.start = "racing", message.start
-            self._writer.update(started_at=datetime.now(UTC).isoformat(), start_ns=message.start)
-        elif isinstance(message, WarmedUp):
-            if message.failed == self._point.config["warmup"]["requests"]:
-                said = self._scrubbed(message.first_error)
-                raise EngineError(f"every request of the warm-up failed, the first with: {said}")
-            self._writer.update(warmup=message._asdict())
+            started = datetime.now(UTC).isoformat()
+            self._writer.update(started_at=started, start_ns=message.start, warmup=self._warmup.as_dict())
+        elif isinstance(message, Cold | RoundDone):
+            assert self._warmup is not None
+            standing.phase = f"warming up, round {len(self._warmup.rounds) + 1}"
         elif isinstance(message, Health):
             self._health.append(message)
             stamps = "kernel" if self._stamped == self._standing.done else "user" if not self._stamped else "mixed"

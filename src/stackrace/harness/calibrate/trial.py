@@ -86,8 +86,6 @@ def _job(asked: Asked, endpoint: Endpoint, path: Path, cores: host.Cores) -> Job
         endpoint=endpoint,
         schedule=path,
         sessions=len(asked.schedule.sessions),
-        warmup=Schedule((), ()),
-        warmup_concurrency=1,
         concurrency=asked.concurrency,
         seconds=None,
         drain=_PATIENCE,

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import IO
 
@@ -16,7 +16,20 @@ from stackrace.harness.clock import SECOND, now
 from stackrace.harness.errors import LoadGeneratorDied
 from stackrace.harness.load import messages
 from stackrace.harness.load.health import Health
-from stackrace.harness.load.messages import Finished, Go, Job, Message, Ready, Started, Tick, WorkerJob
+from stackrace.harness.load.messages import (
+    Cold,
+    Enough,
+    Finished,
+    Go,
+    Job,
+    Message,
+    Ready,
+    Round,
+    RoundDone,
+    Started,
+    Tick,
+    WorkerJob,
+)
 from stackrace.harness.load.slots import SlotTable
 from stackrace.harness.types import Record
 
@@ -25,12 +38,16 @@ _LISTEN = 0.5  # seconds
 _PIPE_BYTES = 1 << 20
 _F_SETPIPE_SZ = getattr(fcntl, "F_SETPIPE_SZ", None)
 
+NextRound = Callable[[RoundDone | None], Round | None]
+"""The warm-up's next round, given what the last one showed (None: it is the first); None: enough."""
+
 
 class LoadGenerator:
     """Running workers and their parser. Use as a context manager: on leaving, the processes are gone."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, next_round: NextRound | None = None) -> None:
         self._job = job
+        self._next_round = next_round
         self._ready = 0
         self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (closed in __exit__)
         self._slots = _slots(job)
@@ -43,7 +60,8 @@ class LoadGenerator:
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
         for i, worker in enumerate(self._workers):
-            self._say(worker, WorkerJob(job=job, worker=i, slots=self._slots))
+            warms_up = i == 0 and next_round is not None
+            self._say(worker, WorkerJob(job=job, worker=i, slots=self._slots, warms_up=warms_up))
 
     def __enter__(self) -> "LoadGenerator":
         return self
@@ -86,9 +104,16 @@ class LoadGenerator:
             elif isinstance(message, Tick):
                 self._check()
             yield message
+            if isinstance(message, Cold | RoundDone):
+                self._warm_up(message)
         for process in (*self._workers, self._parser):
             process.wait()
         self._check()
+
+    def _warm_up(self, message: Cold | RoundDone) -> None:
+        assert self._next_round is not None
+        order = self._next_round(message if isinstance(message, RoundDone) else None)
+        self._say(self._workers[0], order or Enough())
 
     def _on_ready(self) -> None:
         self._ready += 1
@@ -154,10 +179,10 @@ class Collected:
     stamped: bool = True  # by the kernel, all of it
 
 
-def collect(job: Job) -> Collected:
+def collect(job: Job, next_round: NextRound | None = None) -> Collected:
     """Run a job to its end. Raises LoadGeneratorDied."""
     found = Collected()
-    with LoadGenerator(job) as generator:
+    with LoadGenerator(job, next_round) as generator:
         for message in generator.messages(_LISTEN):
             if isinstance(message, Started):
                 found.start = message.start

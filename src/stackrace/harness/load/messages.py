@@ -1,6 +1,7 @@
 """What the processes of a race tell each other, and how it is framed on a pipe.
 
-    harness --Job, Go--> workers --Ready, Started, Offsets, Tick, Parcel, Health--> parser --> harness
+    harness --Job, Round, Enough, Go--> workers --Cold, RoundDone, Ready, Started, Offsets, Tick, Parcel, Health-->
+    parser --> harness
 
 The parser turns each Capture in a Parcel into a Finished, and keeps each worker's Offsets; all else it passes on.
 """
@@ -27,8 +28,6 @@ class Job:
     endpoint: Endpoint
     schedule: Path
     sessions: int  # of the schedule
-    warmup: Schedule
-    warmup_concurrency: int
     concurrency: int | None
     seconds: float | None
     drain: float
@@ -47,18 +46,39 @@ class WorkerJob:
     job: Job
     worker: int
     slots: SlotTable | None
+    warms_up: bool  # it asks for rounds before it is ready
 
 
-class WarmedUp(NamedTuple):
-    """The warm-up is over."""
+class Cold(NamedTuple):
+    """A worker asks for the first round of the warm-up."""
 
+    worker: int
+
+
+class Round(NamedTuple):
+    """To a worker that asked: warm up with these requests, so many at a time."""
+
+    schedule: Schedule
+    concurrency: int
+
+
+class RoundDone(NamedTuple):
+    """A round of the warm-up is over; the worker waits for another, or Enough."""
+
+    requests: int
     seconds: float
+    ttft: float | None  # median of those that brought a token, seconds from when each was sent
+    tpot: float | None  # likewise, of those that brought a second chunk
     failed: int
     first_error: str | None
 
 
+class Enough(NamedTuple):
+    """To a worker that asked for a round: none follows."""
+
+
 class Ready(NamedTuple):
-    """A worker has built its requests, warmed up and opened its connections."""
+    """A worker has built its requests, is done with the warm-up and has opened its connections."""
 
     worker: int
 
@@ -96,7 +116,7 @@ class Finished(NamedTuple):
     stamped: bool  # by the kernel, every read of it
 
 
-Message = WarmedUp | Ready | Started | Tick | Health | Finished
+Message = Cold | RoundDone | Ready | Started | Tick | Health | Finished
 """What reaches the harness."""
 
 

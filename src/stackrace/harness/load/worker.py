@@ -8,7 +8,6 @@ import gc
 import os
 import sys
 from bisect import bisect_right
-from collections import defaultdict
 from collections.abc import Callable
 from typing import IO, Any
 
@@ -18,14 +17,26 @@ from stackrace.harness.load import messages
 from stackrace.harness.load.connections import Connections
 from stackrace.harness.load.driver import Capture, Driver
 from stackrace.harness.load.health import Heart
-from stackrace.harness.load.messages import Go, Job, Offsets, Ready, Started, Tick, WarmedUp, WorkerJob
+from stackrace.harness.load.messages import (
+    Cold,
+    Enough,
+    Go,
+    Job,
+    Offsets,
+    Ready,
+    Round,
+    RoundDone,
+    Started,
+    Tick,
+    WorkerJob,
+)
 from stackrace.harness.load.outbox import Outbox
 from stackrace.harness.load.plan import Plan, Share
 from stackrace.harness.load.readiness import Readiness
-from stackrace.harness.load.received import Journal, Received, hand_out
+from stackrace.harness.load.received import Journal
 from stackrace.harness.load.request import request_bytes
-from stackrace.harness.load.response import parse
 from stackrace.harness.load.slots import Slots, SlotTable
+from stackrace.harness.load.warmup import outcome
 from stackrace.harness.schedule import Schedule
 
 _TICK = SECOND // 4
@@ -35,11 +46,10 @@ _BUSY = 0.5  # share of a core
 class Worker:
     """One share of a race."""
 
-    def __init__(
-        self, task: WorkerJob, out: asyncio.WriteTransport, go: "asyncio.Future[int]", stop: "asyncio.Future[None]"
-    ) -> None:
+    def __init__(self, task: WorkerJob, out: asyncio.WriteTransport, orders: "_Orders") -> None:
         self._task, self._job = task, task.job
-        self._go, self._stop = go, stop
+        self._orders = orders
+        self._go, self._stop = orders.go, orders.stop
         self._alarms = Alarms(asyncio.get_running_loop())
         self._journal = Journal()
         self._outbox = Outbox(out, self._alarms, self._journal)
@@ -53,7 +63,7 @@ class Worker:
         share = Share.of(schedule, self._task.worker, job.workers)
         payloads = {p: request_bytes(job.endpoint, schedule.requests[p]) for p in share.positions}
         await self._connections.resolve()
-        if self._task.worker == 0 and job.warmup.requests and not self._stop.done():
+        if self._task.warms_up:
             await self._warm_up()
         is_closed = schedule.is_immediate and job.concurrency is not None
         del schedule
@@ -62,8 +72,7 @@ class Worker:
         gc.disable()
         await self._connections.keep_ready(self._connections_at_start(share))
         self._tell(Ready(self._task.worker))
-        either: list[asyncio.Future[Any]] = [self._go, self._stop]
-        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        await self._orders.wait_for(self._go)
         if not self._stop.done():
             await self._race(_plan(job, share, payloads, is_closed, self._go.result(), job.seconds))
         self._alarms.close()
@@ -85,20 +94,21 @@ class Worker:
         self._tell(health)
 
     async def _warm_up(self) -> None:
-        begin, schedule = now(), self._job.warmup
+        """Rounds as the harness orders them, until it has enough."""
+        self._tell(Cold(self._task.worker))
+        while (order := await self._orders.next_round()) is not None:
+            self._tell(await self._round(order))
+
+    async def _round(self, order: Round) -> RoundDone:
+        begin, schedule = now(), order.schedule
         share = Share.of(schedule, 0, 1)
         payloads = {p: request_bytes(self._job.endpoint, r) for p, r in enumerate(schedule.requests)}
-        table = SlotTable.make(self._job.warmup_concurrency, len(schedule.sessions), 1)
+        table = SlotTable.make(order.concurrency, len(schedule.sessions), 1)
         journal, captures = Journal(), list[Capture]()
         plan = _plan(self._job, share, payloads, True, begin, None)
-        driver = self._driver(plan, Slots(table, 0), journal, captures.append)
-        await self._run_until_stopped(driver)
+        await self._run_until_stopped(self._driver(plan, Slots(table, 0), journal, captures.append))
         table.close()
-        received: defaultdict[int, Received] = defaultdict(Received)
-        hand_out(journal.take(len(journal)), received)
-        errors = [parse(received[c.position].data).error or c.error for c in captures]
-        told = [e for e in errors if e]
-        self._tell(WarmedUp((now() - begin) / SECOND, len(told), told[0] if told else None))
+        return outcome(captures, journal, (now() - begin) / SECOND)
 
     def _driver(self, plan: Plan, slots: Slots | None, journal: Journal, on_end: Callable[[Capture], None]) -> Driver:
         return Driver(plan, slots, self._alarms, self._readiness, self._connections, journal, on_end)
@@ -144,24 +154,42 @@ def _ns(seconds: float) -> int:
     return round(seconds * SECOND)
 
 
-class _FromHarness(asyncio.Protocol):
-    """Resolves `go` with the start that the harness tells, and `stop` when it closes the pipe."""
+class _Orders(asyncio.Protocol):
+    """What the harness says: rounds of the warm-up, `go` with the start, and `stop` when it closes the pipe."""
 
-    def __init__(self, go: "asyncio.Future[int]", stop: "asyncio.Future[None]") -> None:
-        self._go, self._stop = go, stop
+    def __init__(self) -> None:
+        loop = asyncio.get_running_loop()
+        self.go: asyncio.Future[int] = loop.create_future()
+        self.stop: asyncio.Future[None] = loop.create_future()
+        self._rounds: asyncio.Queue[Round | Enough] = asyncio.Queue()
         self._unframer = messages.Unframer()
+
+    async def next_round(self) -> Round | None:
+        """None when there have been enough, or it is time to stop."""
+        waiting = asyncio.ensure_future(self._rounds.get())
+        await self.wait_for(waiting)
+        order = waiting.result() if waiting.done() and not self.stop.done() else None
+        waiting.cancel()
+        return order if isinstance(order, Round) else None
+
+    async def wait_for(self, order: "asyncio.Future[Any]") -> None:
+        """Return when it is done, or it is time to stop."""
+        either: list[asyncio.Future[Any]] = [order, self.stop]
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
 
     def data_received(self, data: bytes) -> None:
         for message in self._unframer.feed(data):
-            if isinstance(message, Go) and not self._go.done():
-                self._go.set_result(message.start)
+            if isinstance(message, Round | Enough):
+                self._rounds.put_nowait(message)
+            elif isinstance(message, Go) and not self.go.done():
+                self.go.set_result(message.start)
 
     def eof_received(self) -> None:
         self.connection_lost(None)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if not self._stop.done():
-            self._stop.set_result(None)
+        if not self.stop.done():
+            self.stop.set_result(None)
 
 
 class _Flushed(asyncio.Protocol):
@@ -177,11 +205,11 @@ class _Flushed(asyncio.Protocol):
 
 async def _serve_harness(task: WorkerJob, out: IO[bytes]) -> None:
     loop = asyncio.get_running_loop()
-    go, stop, flushed, broken = (loop.create_future() for _ in range(4))
+    orders, flushed, broken = _Orders(), loop.create_future(), loop.create_future()
     loop.set_exception_handler(lambda _, context: _break(broken, context))
-    await loop.connect_read_pipe(lambda: _FromHarness(go, stop), sys.stdin)
+    await loop.connect_read_pipe(lambda: orders, sys.stdin)
     transport, _ = await loop.connect_write_pipe(lambda: _Flushed(flushed), out)
-    working = asyncio.ensure_future(Worker(task, transport, go, stop).work())
+    working = asyncio.ensure_future(Worker(task, transport, orders).work())
     await asyncio.wait([working, broken], return_when=asyncio.FIRST_COMPLETED)
     if broken.done():
         broken.result()
@@ -202,7 +230,7 @@ def main() -> None:
     host.raise_open_files()
     out = os.fdopen(os.dup(sys.stdout.fileno()), "wb", buffering=0)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # nothing else may write between the messages
-    task: WorkerJob = messages.read(sys.stdin.buffer)  # nothing follows it before Ready, so nothing is lost here
+    task: WorkerJob = messages.read(sys.stdin.buffer)  # nothing follows before Cold or Ready, so nothing is lost
     host.pin((task.job.cores[task.worker % len(task.job.cores)],))
     import uvloop
 
