@@ -25,6 +25,9 @@ from stackrace.harness.provenance import provenance
 from stackrace.harness.secrets import public, without_secrets
 from stackrace.harness.store import RunWriter
 from stackrace.harness.summary import steadiness, summarize
+from stackrace.harness.telemetry import samples
+from stackrace.harness.telemetry.sampler import Sampler
+from stackrace.harness.telemetry.sources import sources
 from stackrace.harness.types import Endpoint, Record, Request
 from stackrace.harness.validity import judge
 
@@ -112,6 +115,8 @@ class _Run:
         self._in_flight: dict[int, int] = {}  # by worker
         self._health: list[Health] = []
         self._stamped = 0
+        self._sampler: Sampler | None = None
+        self._telemetry = samples.empty()
         self._log: Path | None = None
         self._log_from = 0
 
@@ -122,6 +127,7 @@ class _Run:
         self._requests, self._sessions = schedule.requests, len(schedule.sessions)
         engine = self._launch(garage)
         self._standing.phase = "warming up"
+        self._sampler = self._sample(engine)
         with LoadGenerator(self._job(engine)) as generator:
             try:
                 self._listen(generator, engine)
@@ -133,13 +139,14 @@ class _Run:
     def end(self, status: str, error: str | None = None) -> dict[str, Any]:
         """Write verdict and summary; returns run.json."""
         self._keep_log()
+        self._keep_telemetry()
         config = self._point.config
         frame = table.frame(self._writer.rows)
         fields: dict[str, Any] = {"seconds": (now() - self._began) / SECOND}
         if error is not None:
             fields["error"] = error
         if len(frame):
-            fields["summary"] = summary = summarize(frame, config["slo"])
+            fields["summary"] = summary = summarize(frame, config["slo"], self._telemetry)
             fields["steady"] = steadiness(frame)
             fields["validity"] = judge(frame, summary, config, self._writer.meta).as_dict()
         return self._writer.end(status, **fields)
@@ -195,6 +202,8 @@ class _Run:
             if message is None or isinstance(message, Tick):
                 engine.check_alive()
             self._watch(self._standing)
+        if self._sampler is not None:
+            self._sampler.stop()
         if len(self._health) < self._point.workers:
             raise LoadGeneratorDied("the load generator ended before the race was over")
 
@@ -207,6 +216,8 @@ class _Run:
             standing.in_flight = sum(self._in_flight.values())
         elif isinstance(message, Started) and standing.start is None:
             standing.phase, standing.start = "racing", message.start
+            if self._sampler is not None:
+                self._sampler.sample()
             self._writer.update(started_at=datetime.now(UTC).isoformat(), start_ns=message.start)
         elif isinstance(message, WarmedUp):
             if message.failed == self._point.config["warmup"]["requests"]:
@@ -242,6 +253,21 @@ class _Run:
                     self._hear(message)
                 if now() > deadline:
                     break
+
+    def _sample(self, engine: Engine) -> Sampler | None:
+        interval = self._point.config["telemetry"]["interval"]
+        if interval is None:
+            return None
+        return Sampler(sources(self._point.backend, engine.endpoint, interval), interval)
+
+    def _keep_telemetry(self) -> None:
+        """What was read, if the race began: before, there is no zero to its times."""
+        start, sampler = self._standing.start, self._sampler
+        if sampler is None or start is None:
+            return
+        sampler.stop()
+        self._telemetry = samples.frame(sampler.samples, start)
+        self._writer.keep_telemetry(samples.to_bytes(self._telemetry), sources=sampler.sources)
 
     def _keep_log(self) -> None:
         """What the engine printed during this point."""
