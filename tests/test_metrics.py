@@ -9,9 +9,11 @@ import pytest
 from stackrace.harness import records as table
 from stackrace.harness.errors import UsageError
 from stackrace.harness.summary import metrics, quantile, summarize
+from stackrace.harness.telemetry import samples
 
 MS = 1_000_000
 GOLDEN = Path(__file__).parent / "golden" / "records.json"
+TOLD = GOLDEN.with_name("telemetry.json")
 
 
 def golden():
@@ -24,9 +26,14 @@ def golden():
     return table.frame(rows)
 
 
+def golden_telemetry():
+    """Readings of two GPUs, an engine and its processes; times in ms."""
+    return samples.frame([samples.Sample(row[0] * MS, *row[1:]) for row in json.loads(TOLD.read_text())], 0)
+
+
 @pytest.fixture(scope="module")
 def summary():
-    return summarize(golden(), {"ttft_ms": 150, "tpot_ms": 25, "e2e_ms": None})
+    return summarize(golden(), {"ttft_ms": 150, "tpot_ms": 25, "e2e_ms": None}, golden_telemetry())
 
 
 # Requests 0, 1, 2 and 5 succeed; 3 fails; 4 is censored.
@@ -112,6 +119,21 @@ EXPECTED = {
     ("batch", "run"): 0.861 / 0.7,
     ("failed", "run"): 1,
     ("censored", "run"): 1,
+    # both GPUs tell their energy until 500 of 0 to 700. GPU 0: 1140 less 1010, half-way from 1000 to 1020; GPU 1: 50 J
+    # a second. Tokens until 500: 4 (0), 5 (1), 2 of 3 (2), 2 (3)
+    ("energy_covered", "run"): 5 / 7,
+    ("energy_per_output_token", "run"): (130 + 25) / 13,
+    ("gpu_power", "run"): 300.0,  # the five within 0 to 700
+    ("gpu_memory", "run"): 8e9,  # 7 GB until the first reading after 700, and GPU 1's 1 GB
+    # from the last before 0 to the first after 700: 1 (idle), 4 (cap), 36 (cap and heat), 0
+    ("throttled", "run"): 1 / 4,
+    ("power_capped", "run"): 2 / 4,
+    ("engine_batch", "run"): (1 + 2 + 2 + 3 + 1) / 5,
+    ("kv_cache_peak", "run"): 0.6,
+    ("preemptions", "run"): 3,  # 5 - 2
+    ("prefix_hits", "run"): 78 / 780,
+    ("engine_cpu", "run"): 1.05 / 0.7,
+    ("engine_memory", "run"): 3e9,
 }
 
 

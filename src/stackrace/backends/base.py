@@ -76,6 +76,14 @@ class Backend(ABC):
         own = {name: str(value) for name, value in self.env.items()}
         return {"PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1", **own}
 
+    def gauges(self) -> Mapping[str, str]:
+        """Common name (`stackrace.backends.gauges`) -> what its /metrics calls it; empty where it has no /metrics."""
+        return {}
+
+    def uses_gpu(self) -> bool:
+        """Whether it may use the GPUs of its machine."""
+        return True
+
     def fingerprint(self) -> str:
         """Hash of everything that makes it this engine: settings and version, but neither port nor paths.
 

@@ -19,6 +19,7 @@ class External(Backend):
     url: str
     api_key_env: str | None  # variable that holds the key, sent as a bearer token
     headers_env: Mapping[str, str]  # header -> variable that holds its value
+    gauge_names: Mapping[str, str]  # common name of a gauge -> what its /metrics calls it
 
     def check(self) -> None:
         """URL well formed and every variable set."""
@@ -50,6 +51,10 @@ class External(Backend):
     def headers(self) -> dict[str, str]:
         """Those that variables are named for, and the key as a bearer token."""
         return {name: os.environ[variable] for name, variable in self.headers_env.items()} | bearer(self.api_key_env)
+
+    def gauges(self) -> Mapping[str, str]:
+        """Those that were named."""
+        return self.gauge_names
 
     def endpoint(self) -> Endpoint:
         """With the headers, secrets among them."""

@@ -133,7 +133,7 @@ def measurement(folder: Path) -> Measurement:
     """What a finished point says of its level, judged anew from its records."""
     run = store.read_run(folder)
     slo = run.config["slo"]
-    validity = judge(run.records, summarize(run.records, slo), run.config, run.meta)
+    validity = judge(run.records, summarize(run.records, slo, run.telemetry), run.config, run.meta)
     observed = Observed(run.records, parse_slo(slo))
     attained, of = (0, 0) if observed.whole is None else judged(observed, observed.whole)
     return Measurement(attained, of, validity.sustainable, *_fault(validity))

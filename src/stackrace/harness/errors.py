@@ -6,6 +6,7 @@ StackraceError
 │   ├── EngineDied      it exited; carries the tail of its log
 │   └── EngineTimeout   it runs, but gave no token in time
 ├── LoadGeneratorDied   our own client's process ended before the race was over
+├── TelemetryError      a source of telemetry could not be read: run.json says so, the race goes on
 ├── ProtocolError       a server answered something that is not the dialect we speak
 └── PointFailed         a point of a sweep ended without a result; its folder says why
 """
@@ -36,6 +37,10 @@ class EngineTimeout(EngineError):
 
 class LoadGeneratorDied(StackraceError):
     """The load generator's process ended before the race was over; the message ends with what it printed."""
+
+
+class TelemetryError(StackraceError):
+    """A source of telemetry could not be read; the message says why."""
 
 
 class ProtocolError(StackraceError):

@@ -1,4 +1,4 @@
-"""What a point can be doubted for: the client's own lateness, other work than was asked, a queue that grows."""
+"""What a point can be doubted for: a late client, other work than was asked, a GPU held back, a queue that grows."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -50,6 +50,10 @@ def findings(
     yield Finding("wrong_lengths", _share(_has_wrong_length(run), run.ok), "{:.1%} of the answers have wrong lengths")
     beyond = _cached_beyond(run, _repeated_tokens(run, config, meta))
     yield Finding("cached_share", beyond, "{:.1%} of the prompt tokens came from a prefix cache, unasked")
+    throttled = summary.get("throttled", {}).get("run")
+    yield Finding(
+        "throttled", throttled, "heat or the power brake held the GPU's clocks down in {:.1%} of the readings"
+    )
     rose = grown.end if grown is not None and grown.is_rising else None
     yield Finding("queue_growth", rose, "unsustainable: the queue kept growing, {:.1f} times as long at the end")
 

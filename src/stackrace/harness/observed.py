@@ -11,6 +11,7 @@ import pandas as pd
 
 from stackrace.harness.clock import SECOND
 from stackrace.harness.settling import NONE, Floats, Settled, settled
+from stackrace.harness.telemetry import samples
 
 Mask = npt.NDArray[np.bool_]
 
@@ -33,10 +34,11 @@ class Window(NamedTuple):
 
 @dataclass(frozen=True)
 class Observed:
-    """The records of one run. Arrays have one entry a request, seconds, NaN where undefined."""
+    """The records and the telemetry of one run. Arrays have one entry a request, seconds, NaN where undefined."""
 
     records: pd.DataFrame
     slo: Mapping[str, float | None] = field(default_factory=dict)  # metric name -> limit in the metric's own unit
+    telemetry: pd.DataFrame = field(default_factory=samples.empty, repr=False)
 
     def column(self, name: str) -> Floats:
         """A time column in seconds after the start of the run."""

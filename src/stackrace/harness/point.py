@@ -174,6 +174,8 @@ def _check_numbers(config: Mapping[str, Any]) -> None:
         for grade, limit in limits.items():
             if limit is not None:
                 require(f"validity.{name}.{grade}", limit, number, lambda v: v >= 0, "a number, 0 or more, or null")
+    if (interval := config["telemetry"]["interval"]) is not None:
+        require("telemetry.interval", interval, number, lambda v: v > 0, "a number of seconds above 0, or null")
     for name, value in config["timeouts"].items():
         require(f"timeouts.{name}", value, number, lambda v: v > 0, "a number of seconds above 0")
 

@@ -25,6 +25,9 @@ from stackrace.harness.provenance import provenance
 from stackrace.harness.secrets import public, without_secrets
 from stackrace.harness.store import RunWriter
 from stackrace.harness.summary import steadiness, summarize
+from stackrace.harness.telemetry import samples
+from stackrace.harness.telemetry.sampler import Sampler
+from stackrace.harness.telemetry.sources import sources
 from stackrace.harness.types import Endpoint, Record, Request
 from stackrace.harness.validity import judge
 from stackrace.harness.warmup import WarmUp
@@ -114,6 +117,8 @@ class _Run:
         self._in_flight: dict[int, int] = {}  # by worker
         self._health: list[Health] = []
         self._stamped = 0
+        self._sampler: Sampler | None = None
+        self._telemetry = samples.empty()
         self._log: Path | None = None
         self._log_from = 0
 
@@ -125,6 +130,7 @@ class _Run:
         engine = self._launch(garage)
         self._standing.phase = "warming up"
         self._warmup = WarmUp(self._point, self._requests, engine)
+        self._sampler = self._sample(engine)
         with LoadGenerator(self._job(engine), self._warmup.next_round) as generator:
             try:
                 self._listen(generator, engine)
@@ -136,13 +142,14 @@ class _Run:
     def end(self, status: str, error: str | None = None) -> dict[str, Any]:
         """Write verdict and summary; returns run.json."""
         self._keep_log()
+        self._keep_telemetry()
         config = self._point.config
         frame = table.frame(self._writer.rows)
         fields: dict[str, Any] = {"seconds": (now() - self._began) / SECOND}
         if error is not None:
             fields["error"] = error
         if len(frame):
-            fields["summary"] = summary = summarize(frame, config["slo"])
+            fields["summary"] = summary = summarize(frame, config["slo"], self._telemetry)
             fields["steady"] = steadiness(frame)
             fields["validity"] = judge(frame, summary, config, self._writer.meta).as_dict()
         return self._writer.end(status, **fields)
@@ -198,6 +205,8 @@ class _Run:
             if message is None or isinstance(message, Tick):
                 engine.check_alive()
             self._watch(self._standing)
+        if self._sampler is not None:
+            self._sampler.stop()
         if len(self._health) < self._point.workers:
             raise LoadGeneratorDied("the load generator ended before the race was over")
 
@@ -211,6 +220,8 @@ class _Run:
         elif isinstance(message, Started) and standing.start is None:
             assert self._warmup is not None
             standing.phase, standing.start = "racing", message.start
+            if self._sampler is not None:
+                self._sampler.sample()
             started = datetime.now(UTC).isoformat()
             self._writer.update(started_at=started, start_ns=message.start, warmup=self._warmup.as_dict())
         elif isinstance(message, Cold | RoundDone):
@@ -245,6 +256,21 @@ class _Run:
                     self._hear(message)
                 if now() > deadline:
                     break
+
+    def _sample(self, engine: Engine) -> Sampler | None:
+        interval = self._point.config["telemetry"]["interval"]
+        if interval is None:
+            return None
+        return Sampler(sources(self._point.backend, engine.endpoint, interval), interval)
+
+    def _keep_telemetry(self) -> None:
+        """What was read, if the race began: before, there is no zero to its times."""
+        start, sampler = self._standing.start, self._sampler
+        if sampler is None or start is None:
+            return
+        sampler.stop()
+        self._telemetry = samples.frame(sampler.samples, start)
+        self._writer.keep_telemetry(samples.to_bytes(self._telemetry), sources=sampler.sources)
 
     def _keep_log(self) -> None:
         """What the engine printed during this point."""

@@ -5,6 +5,7 @@ config.yaml       the resolved configuration
 schedule.parquet  what was to be asked, and when
 journal.jsonl     one line a finished request, while the run is on
 requests.parquet  the records, in place of the journal once the run is over
+telemetry.parquet what the GPUs, the engine's processes and the engine itself told meanwhile
 server.log        what the engine printed
 attempts/<n>/     earlier attempts at this point that did not end well
 """
@@ -25,6 +26,7 @@ import yaml
 
 from stackrace.harness import records as table
 from stackrace.harness.errors import UsageError
+from stackrace.harness.telemetry import samples
 
 SCHEMA_VERSION = 1
 FINISHED = ("ok", "failed", "interrupted")
@@ -39,6 +41,7 @@ class StoredRun:
     meta: dict[str, Any]  # run.json
     config: dict[str, Any]
     records: pd.DataFrame = field(repr=False)
+    telemetry: pd.DataFrame = field(repr=False, default_factory=samples.empty)
 
     @property
     def status(self) -> str:
@@ -80,6 +83,11 @@ class RunWriter:
         self._rows.append(row)
         self._journal.write(orjson.dumps(row) + b"\n")
         self._journal.flush()
+
+    def keep_telemetry(self, data: bytes, **fields: object) -> None:
+        """Write telemetry.parquet, and what run.json says of it."""
+        write_atomically(self.folder / "telemetry.parquet", data)
+        self.update(telemetry=fields)
 
     @property
     def meta(self) -> dict[str, Any]:
@@ -158,7 +166,9 @@ def read_run(folder: Path) -> StoredRun:
     if meta is None:
         raise UsageError(f"{folder} holds no run.json: give a folder that `stackrace bench` wrote")
     config = yaml.safe_load((folder / "config.yaml").read_text())
-    return StoredRun(folder, meta, config, _read_records(folder))
+    telemetry = folder / "telemetry.parquet"
+    told = samples.read(telemetry) if telemetry.exists() else samples.empty()
+    return StoredRun(folder, meta, config, _read_records(folder), told)
 
 
 def find_runs(path: Path) -> list[Path]:

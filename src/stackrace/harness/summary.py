@@ -1,4 +1,4 @@
-"""Summaries: every metric of conf/metric/ computed from a run's records."""
+"""Summaries: every metric of conf/metric/ computed from a run's records and telemetry."""
 
 import functools
 import math
@@ -15,6 +15,7 @@ from stackrace.harness.errors import UsageError, require
 from stackrace.harness.metrics import JUDGED
 from stackrace.harness.observed import Observed
 from stackrace.harness.settling import Floats
+from stackrace.harness.telemetry import samples
 
 Stats = dict[str, float]
 Summary = dict[str, Stats]
@@ -49,12 +50,14 @@ def metrics() -> dict[str, Metric]:
     return {f.name[:-5]: _metric(f.name[:-5], yaml.safe_load(f.read_text())) for f in files}
 
 
-def summarize(records: pd.DataFrame, slo_ms: Mapping[str, float | None]) -> Summary:
+def summarize(
+    records: pd.DataFrame, slo_ms: Mapping[str, float | None], telemetry: pd.DataFrame | None = None
+) -> Summary:
     """metric -> statistic -> SI value; a statistic that is undefined or underpowered is absent.
 
-    `slo_ms` is the config's `slo` group: `<metric>_ms` -> limit.
+    `slo_ms` is the config's `slo` group: `<metric>_ms` -> limit. `telemetry` is None where there is none.
     """
-    run = Observed(records, parse_slo(slo_ms))
+    run = Observed(records, parse_slo(slo_ms), samples.empty() if telemetry is None else telemetry)
     return {name: stats for name, m in metrics().items() if (stats := _stats(m, run))}
 
 
@@ -110,21 +113,21 @@ def _stats(metric: Metric, run: Observed) -> Stats:
 
 
 def _distribution(metric: Metric, run: Observed) -> dict[str, float | None]:
-    samples = metric.compute(run)
+    values = metric.compute(run)
     if metric.over == "chunks":
-        return _quantiles(metric, samples)
+        return _quantiles(metric, values)
     if metric.over == "sent":
-        return _quantiles(metric, samples[run.sent])
-    whole = _quantiles(metric, samples[run.ok])
+        return _quantiles(metric, values[run.sent])
+    whole = _quantiles(metric, values[run.ok])
     if run.steady is None:
         return whole
-    steady = _quantiles(metric, samples[run.ok & run.steady.holds(run.column("due"))])
+    steady = _quantiles(metric, values[run.ok & run.steady.holds(run.column("due"))])
     return whole | {f"{STEADY}{name}": value for name, value in steady.items()}
 
 
-def _quantiles(metric: Metric, samples: Floats) -> dict[str, float | None]:
-    samples = samples[np.isfinite(samples)]
-    if not len(samples):
+def _quantiles(metric: Metric, values: Floats) -> dict[str, float | None]:
+    values = values[np.isfinite(values)]
+    if not len(values):
         return {}
-    quantiles = {quantile_name(q): quantile(samples, q) for q in metric.quantiles}
-    return {"n": float(len(samples)), "mean": float(samples.mean()), **quantiles, "max": float(samples.max())}
+    quantiles = {quantile_name(q): quantile(values, q) for q in metric.quantiles}
+    return {"n": float(len(values)), "mean": float(values.mean()), **quantiles, "max": float(values.max())}

@@ -1,6 +1,7 @@
 """Our engine as a stack."""
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -10,6 +11,7 @@ import stackrace
 from stackrace.backends.architectures import kv_widths
 from stackrace.backends.base import Backend, bearer, check_variables, flags, source_hash
 from stackrace.backends.checkpoint import Checkpoint
+from stackrace.backends.gauges import VLLM_GAUGES
 from stackrace.backends.running import Placement
 from stackrace.harness.errors import UsageError, require
 
@@ -86,6 +88,14 @@ class MLA(Backend):
             **{name: getattr(self, name) for name in COUNTS},
         }
         return [sys.executable, "-m", "stackrace.backends.mla.server", *flags(options)]
+
+    def gauges(self) -> Mapping[str, str]:
+        """Under vLLM's names."""
+        return VLLM_GAUGES
+
+    def uses_gpu(self) -> bool:
+        """Unless it computes on the CPU."""
+        return self.device != "cpu"
 
     def version(self) -> str:
         """Ours, with a hash of the engine's and the kernels' sources, and torch's."""

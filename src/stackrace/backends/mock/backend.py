@@ -19,6 +19,10 @@ class Mock(Behaviour, Backend):
         settings = {f.name: getattr(self, f.name) for f in dataclasses.fields(Behaviour)}
         return [sys.executable, "-m", "stackrace.backends.mock", *flags({"port": at.port, **settings})]
 
+    def uses_gpu(self) -> bool:
+        """No."""
+        return False
+
     def version(self) -> str:
         """Hash of this folder."""
         return f"mock {source_hash(Path(__file__).parent)}"

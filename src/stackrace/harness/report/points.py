@@ -106,7 +106,7 @@ def by_setting(points: Iterable[Point]) -> dict[Setting, list[Point]]:
 def _point(run: StoredRun) -> Point:
     asked: dict[str, Any] = run.meta.get("point") or {}
     slo = (run.config or {}).get("slo") or {}
-    summary = summarize(run.records, slo) if len(run.records) else {}
+    summary = summarize(run.records, slo, run.telemetry) if len(run.records) else {}
     load = _load(asked, summary, len(run.records))
     validity = _validity(run, summary)
     return Point(

@@ -1,0 +1,62 @@
+"""The engine's own gauges and counters, from its /metrics in Prometheus' text format, under names common to all."""
+
+import http.client
+import urllib.error
+import urllib.request
+from collections import defaultdict
+from collections.abc import Mapping
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from stackrace.harness.errors import TelemetryError
+from stackrace.harness.telemetry.source import Reading
+from stackrace.harness.types import Endpoint
+
+_SHARES = {"kv_cache_usage"}  # of which several engines' sum would mean nothing
+
+
+class Gauges:
+    """What one engine tells at `/metrics`."""
+
+    name = "gauges"
+
+    def __init__(self, endpoint: Endpoint, names: Mapping[str, str], timeout: float) -> None:
+        """`names` maps common names to the engine's; `timeout` in seconds. TelemetryError without a name."""
+        if not names:
+            raise TelemetryError("this stack names none")
+        self._names = names
+        self._timeout = timeout
+        self._request = urllib.request.Request(f"{endpoint.url.rstrip('/')}/metrics", headers=dict(endpoint.headers))
+        self._direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+    def read(self) -> list[Reading]:
+        """The numbers that are there; counters and counts are summed over labels, shares are the highest."""
+        found = parse(self._text(), self._names)
+        if not found:
+            raise TelemetryError(f"/metrics has none of {', '.join(self._names.values())}")
+        return [Reading(name, value) for name, value in found.items()]
+
+    def _text(self) -> str:
+        try:
+            with self._direct.open(self._request, timeout=self._timeout) as response:
+                return str(response.read().decode())
+        except urllib.error.HTTPError as e:
+            e.close()
+            raise TelemetryError(f"HTTP {e.code}") from None
+        except (OSError, ValueError, http.client.HTTPException) as e:
+            raise TelemetryError(f"{type(e).__name__}: {getattr(e, 'reason', e)}") from None
+
+
+def parse(text: str, names: Mapping[str, str]) -> dict[str, float]:
+    """Common name -> value, for those of `names` that the text has. TelemetryError if it is not Prometheus' format."""
+    wanted = tuple(f"{name}{end}" for name in set(names.values()) for end in "{ ")
+    lines = "\n".join(line for line in text.splitlines() if line.startswith(wanted))  # a whole page takes 10 ms
+    values: dict[str, list[float]] = defaultdict(list)
+    try:
+        for family in text_string_to_metric_families(lines + "\n"):
+            for sample in family.samples:
+                values[sample.name].append(float(sample.value))
+    except ValueError as e:
+        raise TelemetryError(f"/metrics cannot be read: {e}") from None
+    there = {name: values[theirs] for name, theirs in names.items() if theirs in values}
+    return {name: max(found) if name in _SHARES else sum(found) for name, found in there.items()}

@@ -1,0 +1,48 @@
+"""Which sources of telemetry a stack has."""
+
+import os
+from collections.abc import Callable
+from ipaddress import ip_address
+from urllib.parse import urlsplit
+
+from stackrace.backends.base import Backend
+from stackrace.harness.errors import TelemetryError
+from stackrace.harness.telemetry.gauges import Gauges
+from stackrace.harness.telemetry.gpu import GPUs, nvml
+from stackrace.harness.telemetry.processes import Processes
+from stackrace.harness.telemetry.source import Source
+from stackrace.harness.types import Endpoint
+
+_SLOWEST = 1.0  # seconds that an answer is waited for, and half of the interval at most
+
+
+def sources(backend: Backend, endpoint: Endpoint, interval: float) -> dict[str, Callable[[], Source]]:
+    """What opens each source of a running engine, by its name; `interval` in seconds."""
+    return {
+        "gpu": lambda: _gpus(backend, endpoint),
+        "processes": lambda: _processes(endpoint),
+        "gauges": lambda: Gauges(endpoint, backend.gauges(), min(_SLOWEST, interval / 2)),
+    }
+
+
+def _gpus(backend: Backend, endpoint: Endpoint) -> GPUs:
+    if not backend.uses_gpu():
+        raise TelemetryError("this stack uses none")
+    if not _is_here(endpoint):
+        raise TelemetryError("the engine runs on another machine")
+    variable = "CUDA_VISIBLE_DEVICES"
+    return GPUs(nvml(), backend.environment().get(variable, os.environ.get(variable)))
+
+
+def _processes(endpoint: Endpoint) -> Processes:
+    if endpoint.pid is None:
+        raise TelemetryError("the engine was not launched by us")
+    return Processes(endpoint.pid)
+
+
+def _is_here(endpoint: Endpoint) -> bool:
+    host = urlsplit(endpoint.url).hostname or ""
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
