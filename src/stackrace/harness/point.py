@@ -20,9 +20,11 @@ from stackrace.harness.errors import PointFailed, UsageError, one_line, require
 from stackrace.harness.schedule import Schedule
 from stackrace.harness.summary import parse_slo
 from stackrace.harness.types import Arrival, Workload
+from stackrace.harness.verify import settings as verification
 from stackrace.workloads.arrivals import Immediate
 
 _PATHS = ("models", "results", "sweep", "calibration")
+_BESIDES = (*_PATHS, "backend", "verify")  # no part of what a point measures, or hashed in another form
 _SOURCES = ("path", "tokenizer")  # of a workload: what they hold is in the schedule
 _WARMUP_SEED = 1 << 32  # added to the seed: other prompts, as repeatable
 
@@ -161,6 +163,8 @@ def _check_numbers(config: Mapping[str, Any]) -> None:
         for grade, limit in limits.items():
             if limit is not None:
                 require(f"validity.{name}.{grade}", limit, number, lambda v: v >= 0, "a number, 0 or more, or null")
+    if config.get("verify") is not None:
+        verification.parse(config["verify"])
     for name, value in config["timeouts"].items():
         require(f"timeouts.{name}", value, number, lambda v: v > 0, "a number of seconds above 0")
 
@@ -235,7 +239,7 @@ def _key(
     config: Mapping[str, Any], fingerprint: str, weights: str | None, schedule_hash: str, cores: host.Cores
 ) -> str:
     """12 hex digits that change whenever the result could: by settings, stack, weights, schedule or processor."""
-    settings = {k: v for k, v in config.items() if k not in (*_PATHS, "backend")}
+    settings = {k: v for k, v in config.items() if k not in _BESIDES}
     settings["workload"] = _without(config["workload"], _SOURCES)
     settings["model"] = {k: v for k, v in config["model"].items() if k != "checkpoint"}
     settings["hardware"] = {k: v for k, v in config["hardware"].items() if k != "roofs"}

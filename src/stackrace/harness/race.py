@@ -27,6 +27,7 @@ from stackrace.harness.store import RunWriter
 from stackrace.harness.summary import steadiness, summarize
 from stackrace.harness.types import Endpoint, Record, Request
 from stackrace.harness.validity import judge
+from stackrace.harness.verify.checks import Checks, prepare
 
 _REFRESH = 0.25
 _RECENT = 5 * SECOND
@@ -71,7 +72,7 @@ class Standing:
 Watch = Callable[[Standing], None]
 
 
-def race(point: Point, garage: Garage, watch: Watch) -> dict[str, Any]:
+def race(point: Point, garage: Garage, checks: Checks, watch: Watch) -> dict[str, Any]:
     """Run a point and return its run.json.
 
     Raises PointFailed, after the folder says why, if it ended without a result; KeyboardInterrupt likewise.
@@ -85,7 +86,7 @@ def race(point: Point, garage: Garage, watch: Watch) -> dict[str, Any]:
         writer.release()
         raise PointFailed(f"cannot write {point.folder}: {e}") from e
     try:
-        run.go(garage)
+        run.go(garage, checks)
         return run.end("ok")
     except KeyboardInterrupt:
         run.end_somehow("interrupted", "interrupted: the same command runs this point again")
@@ -115,12 +116,12 @@ class _Run:
         self._log: Path | None = None
         self._log_from = 0
 
-    def go(self, garage: Garage) -> None:
+    def go(self, garage: Garage, checks: Checks) -> None:
         self._watch(self._standing)
         schedule = self._point.schedule()
         schedule.save(self._point.folder / "schedule.parquet")
         self._requests, self._sessions = schedule.requests, len(schedule.sessions)
-        engine = self._launch(garage)
+        engine = self._verified(garage, checks) if self._point.config.get("verify") else self._launch(garage)
         self._standing.phase = "warming up"
         with LoadGenerator(self._job(engine)) as generator:
             try:
@@ -150,6 +151,22 @@ class _Run:
             self.end(status, error)
         except Exception:
             self._writer.end_barely(status, error)
+
+    def _verified(self, garage: Garage, checks: Checks) -> Engine:
+        """Launch, and find out whether it computes what the weights say."""
+        exam = prepare(self._point.backend, self._point.config)
+        if exam is not None:
+            self._say("judging what is right")
+            checks.judge(exam, self._point.cores.engine, garage.close)
+            self._say("starting engine")
+        engine = self._launch(garage)
+        self._say("checking equivalence")
+        self._writer.update(equivalence=checks.verdict(exam, engine).as_dict())
+        return engine
+
+    def _say(self, phase: str) -> None:
+        self._standing.phase = phase
+        self._watch(self._standing)
 
     def _launch(self, garage: Garage) -> Engine:
         point = self._point
