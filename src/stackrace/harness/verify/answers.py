@@ -53,7 +53,7 @@ async def _ask(endpoint: Endpoint, questions: Questions, settings: Settings, nam
     async with aiohttp.ClientSession(headers=dict(endpoint.headers), timeout=limits) as session:
 
         async def one(prompt: Sequence[int], tokens: int) -> dict[str, Any]:
-            async with free, session.post(url, json=_body(endpoint, prompt, tokens, settings.logprobs)) as response:
+            async with free, session.post(url, json=_body(endpoint, prompt, tokens, questions.logprobs)) as response:
                 return _choice(response.status, await response.read(), endpoint)
 
         choices = await asyncio.gather(*(one(*question) for question in asked))

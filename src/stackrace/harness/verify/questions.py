@@ -15,11 +15,12 @@ Tokens = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class Questions:
-    """Of each prefix, what follows; of each prompt, the next `greedy_tokens`."""
+    """Of each prefix, what follows; of each prompt, the next `greedy_tokens`; each with the likeliest `logprobs`."""
 
     prefixes: tuple[Tokens, ...]
     prompts: tuple[Tokens, ...]
     greedy_tokens: int
+    logprobs: int
 
     @property
     def hash(self) -> str:
@@ -53,6 +54,7 @@ def draw(settings: Settings, usable: Sequence[int], max_model_len: int | None) -
         prefixes=drawn(prefix_lengths(settings, most - 1), most - 1),
         prompts=drawn(_spread(settings, settings.greedy), most - outputs),
         greedy_tokens=outputs,
+        logprobs=settings.logprobs,
     )
 
 

@@ -32,6 +32,7 @@ class Reference(ABC):
     """The right answers, or what is taken for them."""
 
     by: str  # whose they are
+    noise: Floats | None = None  # |difference| that rounding to bfloat16 makes, [prefixes, likeliest tokens]
 
     @abstractmethod
     def after(self, prefix: int, tokens: Sequence[int]) -> Floats:
@@ -57,10 +58,11 @@ class Judged(Reference):
     by = "the judge"
 
     def __init__(self, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
-        """Arrays as `judge.Judge.answer` gives them."""
+        """Arrays as `judge.answers` gives them."""
         self._after, self._outputs, self._tops, self._likely = (
             arrays[name] for name in ("after", "outputs", "tops", "likely")
         )
+        self.noise = arrays["noise"].astype(float)
 
     def after(self, prefix: int, tokens: Sequence[int]) -> Floats:
         """Of any token of the vocabulary."""

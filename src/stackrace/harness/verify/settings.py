@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from stackrace.harness.errors import require
 
 _COUNTS = ("prefixes", "shortest", "longest", "greedy", "greedy_tokens", "logprobs", "concurrency")
-_NUMBERS = ("mean_limit", "worst_limit", "gap_limit", "timeout")
+_NUMBERS = ("mean_limit", "worst_limit", "gap_limit", "noise_factor", "timeout")
 _MOST = 20  # log-probabilities that servers tell
 
 
@@ -25,6 +25,7 @@ class Settings(NamedTuple):
     mean_limit: float
     worst_limit: float
     gap_limit: float
+    noise_factor: float
     device: str
     timeout: float
 

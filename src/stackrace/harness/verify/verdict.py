@@ -31,6 +31,14 @@ class Parting(NamedTuple):
     behind: float  # how far the stack's token lies behind the reference's, by the reference
 
 
+class Limits(NamedTuple):
+    """What differences may be at most."""
+
+    mean: float
+    worst: float
+    gap: float
+
+
 @dataclass(frozen=True, slots=True)
 class Equivalence:
     """A verdict, why, and the numbers behind it, in natural logarithms; None where not judged."""
@@ -44,6 +52,7 @@ class Equivalence:
     partings: list[Parting] | None = None  # one a prompt whose output parts
     prefixes: int = 0
     prompts: int = 0
+    limits: Limits | None = None
 
     @property
     def first_parting(self) -> int | None:
@@ -55,6 +64,7 @@ class Equivalence:
         fields = asdict(self)
         fields["worst"] = self.worst and [p._asdict() for p in self.worst]
         fields["partings"] = self.partings and [p._asdict() for p in self.partings]
+        fields["limits"] = self.limits and self.limits._asdict()
         return fields
 
 
@@ -70,8 +80,9 @@ def compare(reference: Reference, answers: Answers, questions: Questions, settin
     ranked = sorted((Prefix(i, len(p), off) for i, (p, off) in enumerate(rows)), key=lambda p: -p.difference)
     partings = [found for i in range(len(questions.prompts)) if (found := _parting(reference, answers, i))]
     mean, decoding = float(np.mean(after)), _decoding(reference, answers, partings)
-    reasons = _reasons(mean, ranked, decoding, partings, settings)
-    told = "; ".join(reasons) or f"mean |Δlogp| {mean:.3f} over {len(after)} prefixes"
+    limits = limits_of(reference, settings)
+    reasons = _reasons(mean, ranked, decoding, partings, limits)
+    told = "; ".join(reasons) or f"mean |Δlogp| {mean:.2g} over {len(after)} prefixes"
     against = "" if reference.by == "the judge" else f", against {reference.by}"
     return Equivalence(
         verdict=DIFFERS if reasons else EQUAL,
@@ -83,7 +94,20 @@ def compare(reference: Reference, answers: Answers, questions: Questions, settin
         partings=partings,
         prefixes=len(after),
         prompts=len(questions.prompts),
+        limits=limits,
     )
+
+
+def limits_of(reference: Reference, settings: Settings) -> Limits:
+    """Those of conf/verify, or in multiples of the judge's own bfloat16 noise, whichever is lower.
+
+    Weights that say little let rounding change little, and faults as well.
+    """
+    fixed = Limits(settings.mean_limit, settings.worst_limit, settings.gap_limit)
+    if reference.noise is None:
+        return fixed
+    noise = Limits(reference.noise.mean(), reference.noise.mean(axis=-1).max(), reference.noise.max())
+    return Limits(*(float(min(most, settings.noise_factor * n)) for most, n in zip(fixed, noise, strict=True)))
 
 
 def _off(told: Told, known: Floats) -> float:
@@ -113,18 +137,18 @@ def _decoding(reference: Reference, answers: Answers, partings: Sequence[Parting
 
 
 def _reasons(
-    mean: float, ranked: Sequence[Prefix], decoding: float, partings: Sequence[Parting], settings: Settings
+    mean: float, ranked: Sequence[Prefix], decoding: float, partings: Sequence[Parting], limits: Limits
 ) -> list[str]:
     """What passed its limit."""
     reasons = []
-    if mean > settings.mean_limit:
+    if mean > limits.mean:
         reasons.append(f"mean |Δlogp| {mean:.2g} over {len(ranked)} prefixes")
-    if bad := [p for p in ranked if p.difference > settings.worst_limit]:
+    if bad := [p for p in ranked if p.difference > limits.worst]:
         shown = ", ".join(f"{p.difference:.2g} after {p.tokens} tokens" for p in bad[:_SHOWN])
         reasons.append(f"{len(bad)} of {len(ranked)} prefixes far off ({shown})")
-    if decoding > settings.mean_limit:
+    if decoding > limits.mean:
         reasons.append(f"mean |Δlogp| {decoding:.2g} while decoding")
-    if wrong := [p for p in partings if p.behind > settings.gap_limit]:
+    if wrong := [p for p in partings if p.behind > limits.gap]:
         far = max(wrong, key=lambda p: p.behind)
         reasons.append(f"{len(wrong)} greedy outputs part at a token {far.behind:.2g} behind (step {far.step})")
     return reasons
