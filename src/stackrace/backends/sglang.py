@@ -1,10 +1,12 @@
 """SGLang: the common settings in its own flags."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
 from stackrace.backends import checkpoint
+from stackrace.backends.gauges import SGLANG_GAUGES
 from stackrace.backends.installed import Installed, Options
 from stackrace.backends.running import Placement
 from stackrace.harness.errors import UsageError
@@ -35,6 +37,10 @@ class SGLang(Installed):
     def environment(self) -> dict[str, str]:
         """Nothing is fetched."""
         return {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", **super().environment()}
+
+    def gauges(self) -> Mapping[str, str]:
+        """As this engine calls them."""
+        return SGLANG_GAUGES
 
     def options(self, at: Placement) -> Options:
         """The cache is told in tokens: as many as its bytes hold."""

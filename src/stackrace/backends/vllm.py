@@ -1,9 +1,11 @@
 """vLLM: the common settings in its own flags."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+from stackrace.backends.gauges import VLLM_GAUGES
 from stackrace.backends.installed import Installed, Options
 from stackrace.backends.running import Placement
 
@@ -27,6 +29,10 @@ class VLLM(Installed):
         """Its cache can be emptied only in development mode, which is on where there is a cache to empty."""
         caching = {"VLLM_SERVER_DEV_MODE": "1"} if self.enable_prefix_caching else {}
         return {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", **caching, **super().environment()}
+
+    def gauges(self) -> Mapping[str, str]:
+        """As this engine calls them."""
+        return VLLM_GAUGES
 
     def options(self, at: Placement) -> Options:
         """Flags that are off are written out, since vLLM turns some on by itself."""

@@ -1,4 +1,4 @@
-"""The command: stackrace bench, serve, calibrate, report, model, doctor. What is heavy is imported where it is used."""
+"""The command: bench, serve, verify, calibrate, report, model, doctor. What is heavy is imported where it is used."""
 
 import sys
 from pathlib import Path
@@ -33,6 +33,17 @@ def bench(context: typer.Context) -> None:
 def serve(context: typer.Context) -> None:
     """Start one stack and leave it running until Ctrl-C: stackrace serve backend=mla [key=value ...]."""
     from stackrace.harness.serve import serve as run
+
+    raise typer.Exit(run(context.args))
+
+
+@app.command(context_settings=_PASS_THROUGH)
+def verify(context: typer.Context) -> None:
+    """Whether stacks compute the same: each one's answers against float32's.
+
+    stackrace verify backend=mla,mla_mha [model=NAME] [key=value ...]; exit code 0 if all are equal.
+    """
+    from stackrace.harness.verify.command import verify as run
 
     raise typer.Exit(run(context.args))
 

@@ -21,8 +21,8 @@ CLIENT = {
     "calibrated_load",
 }
 """Thresholds on the client: passed by far, a point says nothing about the server."""
-OTHER_WORK = {"wrong_lengths", "cached_share"}
-"""Thresholds on what was done: passed by far, it was not what was asked."""
+OTHER_WORK = {"wrong_lengths", "cached_share", "equivalence"}
+"""Grounds on what was done: passed by far, it was not what was asked."""
 _FEWEST = 20  # requests that a rate is taken from
 
 
@@ -126,6 +126,12 @@ def plain_reasons(run: Observed, meta: Mapping[str, Any]) -> Iterator[str]:
         yield "the load generator had no core of its own"
     if "text" in set(run.records["token_source"].dropna()):
         yield "tokens were counted by text, since the server sends neither ids nor running usage"
+
+
+def other_answers(meta: Mapping[str, Any]) -> str | None:
+    """That the stack computes something else than its weights say, by the check of its launch; None if it does not."""
+    found = meta.get("equivalence") or {}
+    return str(found["words"]) if found.get("verdict") == "differs" else None
 
 
 def _share(some: Mask, of: Mask) -> float | None:

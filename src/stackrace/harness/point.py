@@ -20,10 +20,11 @@ from stackrace.harness.errors import PointFailed, UsageError, one_line, require
 from stackrace.harness.schedule import Schedule
 from stackrace.harness.summary import parse_slo
 from stackrace.harness.types import Arrival, Workload
+from stackrace.harness.verify import settings as verification
 from stackrace.workloads.arrivals import Immediate
 
 _PATHS = ("models", "engines", "results", "sweep", "calibration")
-_IN_BACKEND = ("common", "division", "backend")  # its fingerprint tells them
+_BESIDES = (*_PATHS, "common", "division", "backend", "verify")  # not measured, or told by the engine's fingerprint
 _DIVISIONS = ("matched", "tuned")
 _SOURCES = ("path", "tokenizer")  # of a workload: what they hold is in the schedule
 
@@ -176,6 +177,8 @@ def _check_numbers(config: Mapping[str, Any]) -> None:
                 require(f"validity.{name}.{grade}", limit, number, lambda v: v >= 0, "a number, 0 or more, or null")
     if (interval := config["telemetry"]["interval"]) is not None:
         require("telemetry.interval", interval, number, lambda v: v > 0, "a number of seconds above 0, or null")
+    if config.get("verify") is not None:
+        verification.parse(config["verify"])
     for name, value in config["timeouts"].items():
         require(f"timeouts.{name}", value, number, lambda v: v > 0, "a number of seconds above 0")
 
@@ -273,7 +276,7 @@ def _key(
     config: Mapping[str, Any], fingerprint: str, weights: str | None, schedule_hash: str, cores: host.Cores
 ) -> str:
     """12 hex digits that change whenever the result could: by settings, stack, weights, schedule or processor."""
-    settings = {k: v for k, v in config.items() if k not in (*_PATHS, *_IN_BACKEND)}
+    settings = {k: v for k, v in config.items() if k not in _BESIDES}
     settings["workload"] = _without(config["workload"], _SOURCES)
     settings["model"] = {k: v for k, v in config["model"].items() if k != "checkpoint"}
     settings["hardware"] = {k: v for k, v in config["hardware"].items() if k != "roofs"}

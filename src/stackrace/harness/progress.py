@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from stackrace.harness.point import Point
-from stackrace.harness.race import Standing
+from stackrace.harness.standing import Standing
 
 _REFRESH = 0.5
 

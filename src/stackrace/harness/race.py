@@ -1,14 +1,10 @@
 """Runs one point: engine up, load on, captures parsed and kept as they come, verdict at the end."""
 
 import contextlib
-from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from stackrace.backends.garage import Garage
 from stackrace.backends.running import Engine
@@ -23,59 +19,25 @@ from stackrace.harness.load.messages import Cold, Finished, Job, Message, RoundD
 from stackrace.harness.point import Point
 from stackrace.harness.provenance import provenance
 from stackrace.harness.secrets import public, without_secrets
+from stackrace.harness.standing import Standing
 from stackrace.harness.store import RunWriter
 from stackrace.harness.summary import steadiness, summarize
 from stackrace.harness.telemetry import samples
 from stackrace.harness.telemetry.sampler import Sampler
 from stackrace.harness.telemetry.sources import sources
-from stackrace.harness.types import Endpoint, Record, Request
+from stackrace.harness.types import Endpoint, Request
 from stackrace.harness.validity import judge
+from stackrace.harness.verify.checks import Checks, prepare
 from stackrace.harness.warmup import WarmUp
 
 _REFRESH = 0.25
-_RECENT = 5 * SECOND
 _LAST_WORDS = 5 * SECOND
-_MOST_CHUNKS = 100_000  # that the display's rate is taken from
-
-
-@dataclass
-class Standing:
-    """Where a point stands, for whoever watches."""
-
-    phase: str = "starting engine"
-    total: int = 0
-    in_flight: int = 0
-    done: int = 0
-    failed: int = 0
-    start: int | None = None
-    ttft: list[float] = field(default_factory=list)  # seconds
-    _tokens: deque[tuple[int, int]] = field(default_factory=lambda: deque(maxlen=_MOST_CHUNKS))  # time, tokens
-
-    def add(self, finished: Record) -> None:
-        """Count a finished request."""
-        self.done += 1
-        self.failed += finished.error is not None
-        if finished.chunk_times:
-            self.ttft.append((finished.chunk_times[0] - finished.due) / SECOND)
-            self._tokens += zip(finished.chunk_times, finished.chunk_tokens, strict=True)
-
-    def tokens_per_second(self) -> float:
-        """Output tokens of finished requests over the last seconds."""
-        if self.start is None:
-            return 0.0
-        time = now() - self.start
-        recent = sum(tokens for at, tokens in self._tokens if at > time - _RECENT)
-        return recent / max(min(time, _RECENT) / SECOND, 1e-9)
-
-    def median_ttft(self) -> float | None:
-        """Seconds."""
-        return float(np.median(self.ttft)) if self.ttft else None
 
 
 Watch = Callable[[Standing], None]
 
 
-def race(point: Point, garage: Garage, watch: Watch) -> dict[str, Any]:
+def race(point: Point, garage: Garage, checks: Checks, watch: Watch) -> dict[str, Any]:
     """Run a point and return its run.json.
 
     Raises PointFailed, after the folder says why, if it ended without a result; KeyboardInterrupt likewise.
@@ -89,7 +51,7 @@ def race(point: Point, garage: Garage, watch: Watch) -> dict[str, Any]:
         writer.release()
         raise PointFailed(f"cannot write {point.folder}: {e}") from e
     try:
-        run.go(garage)
+        run.go(garage, checks)
         return run.end("ok")
     except KeyboardInterrupt:
         run.end_somehow("interrupted", "interrupted: the same command runs this point again")
@@ -122,12 +84,12 @@ class _Run:
         self._log: Path | None = None
         self._log_from = 0
 
-    def go(self, garage: Garage) -> None:
+    def go(self, garage: Garage, checks: Checks) -> None:
         self._watch(self._standing)
         schedule = self._point.schedule()
         schedule.save(self._point.folder / "schedule.parquet")
         self._requests, self._sessions = schedule.requests, len(schedule.sessions)
-        engine = self._launch(garage)
+        engine = self._verified(garage, checks) if self._point.config.get("verify") else self._launch(garage)
         self._standing.phase = "warming up"
         self._warmup = WarmUp(self._point, self._requests, engine)
         self._sampler = self._sample(engine)
@@ -160,6 +122,22 @@ class _Run:
             self.end(status, error)
         except Exception:
             self._writer.end_barely(status, error)
+
+    def _verified(self, garage: Garage, checks: Checks) -> Engine:
+        """Launch, and find out whether it computes what the weights say."""
+        exam = prepare(self._point.backend, self._point.config)
+        if exam is not None:
+            self._say("judging what is right")
+            checks.judge(exam, self._point.cores.engine, garage.close)
+            self._say("starting engine")
+        engine = self._launch(garage)
+        self._say("checking equivalence")
+        self._writer.update(equivalence=checks.verdict(exam, engine).as_dict())
+        return engine
+
+    def _say(self, phase: str) -> None:
+        self._standing.phase = phase
+        self._watch(self._standing)
 
     def _launch(self, garage: Garage) -> Engine:
         point = self._point

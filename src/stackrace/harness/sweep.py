@@ -16,6 +16,7 @@ from stackrace.harness.errors import PointFailed, UsageError
 from stackrace.harness.point import Point, plan
 from stackrace.harness.progress import Progress
 from stackrace.harness.race import race
+from stackrace.harness.verify.checks import Checks
 
 
 class Sweep:
@@ -26,6 +27,7 @@ class Sweep:
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
         self._garage = Garage()
+        self._checks = Checks()
         self._on_sigterm: signal.Handlers | Callable[[int, FrameType | None], Any] | int | None = None
         self._planned: dict[str, Point] = {}
         self.points: list[Point] = []
@@ -101,7 +103,7 @@ class Sweep:
     def _race(self, point: Point) -> dict[str, Any]:
         self._progress.begin(point)
         try:
-            meta = race(point, self._garage, self._progress.watch)
+            meta = race(point, self._garage, self._checks, self._progress.watch)
         except PointFailed as e:
             self.failed.append(str(e))
             self._progress.failed(str(e))

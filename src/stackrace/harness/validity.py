@@ -6,7 +6,7 @@ from typing import Any
 
 import pandas as pd
 
-from stackrace.harness.grounds import findings, growth_of, plain_reasons
+from stackrace.harness.grounds import findings, growth_of, other_answers, plain_reasons
 from stackrace.harness.observed import Observed
 from stackrace.harness.summary import Summary
 
@@ -19,7 +19,7 @@ class Validity:
 
     verdict: str
     reasons: list[str]
-    invalid: list[str]  # names of the thresholds that were passed by so much
+    invalid: list[str]  # names of the grounds that made it so
     sustainable: bool | None  # the load, in an open loop; None: too short to tell
 
     def as_dict(self) -> dict[str, Any]:
@@ -37,12 +37,14 @@ def judge(records: pd.DataFrame, summary: Summary, config: Mapping[str, Any], me
     graded = [(f, _grade(f.value, limits.get(f.name, {}))) for f in findings(run, summary, config, meta, grown)]
     told = [(grade, f.words.format(f.value)) for f, grade in graded if grade]
     told += [(1, reason) for reason in plain_reasons(run, meta)]
+    differs = other_answers(meta)
+    told += [] if differs is None else [(2, differs)]
     told += [] if run.ok.any() else [(2, "no request succeeded")]
     limit = limits.get("queue_growth", {}).get("suspect")
     return Validity(
         verdict=VERDICTS[max((grade for grade, _ in told), default=0)],
         reasons=[reason for _, reason in told],
-        invalid=[f.name for f, grade in graded if grade == 2],
+        invalid=[f.name for f, grade in graded if grade == 2] + (["equivalence"] if differs else []),
         sustainable=None if grown is None or limit is None else grown.sustainable(limit),
     )
 

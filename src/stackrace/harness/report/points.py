@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from stackrace.harness.grounds import other_answers
 from stackrace.harness.report.asked import Leaves, common_mean, compares_models, fixed, plain
 from stackrace.harness.report.numbers import exact
 from stackrace.harness.settling import NONE
@@ -14,6 +15,8 @@ from stackrace.harness.summary import Summary, metrics, parse_slo, steadiness, s
 from stackrace.harness.validity import judge
 
 UNKNOWN = "unknown"
+OTHER = "computes something else"
+"""Beside the name of a stack, wherever it is shown, whose answers are not those of its weights."""
 UNFINISHED = {
     "killed": "the harness died before the point was over",
     "interrupted": "interrupted before the point was over",
@@ -111,7 +114,7 @@ def _point(run: StoredRun) -> Point:
     validity = _validity(run, summary)
     return Point(
         folder=run.folder,
-        stack=_stack(run.config or {}, asked),
+        stack=_stack(run.config or {}, asked) + (f" ({OTHER})" if other_answers(run.meta) else ""),
         setting=_setting(run, asked, load.closed),
         condition=Condition(_number(asked.get("input_tokens")), load),
         repeat=int(asked.get("repeat") or 0),

@@ -40,6 +40,7 @@ def what_was_run(runs: Sequence[Run]) -> list[Group]:
         Group("Checkpoint", _either(p.get("checkpoint") for p in held), _distinct(held, "checkpoint")),
         Group("Machine", "; ".join(machines), _distinct(held, "gpus", "cpu", "memory_bytes", "platform", "cores")),
         Group("Software", _code(held), _distinct(held, "stackrace", "git", "python", "packages")),
+        Group("Equivalence", *_equivalence(runs)),
         Group("Schedules", *_schedules(runs)),
         Group("Configuration", *_configuration(runs)),
     ]
@@ -96,6 +97,13 @@ def _schedules(runs: Sequence[Run]) -> tuple[str, list[Fact]]:
             lines[line].append(point.stack)
     text = "\n".join(f"{line}: {', '.join(dict.fromkeys(stacks))}" for line, stacks in lines.items())
     return f"{len(lines):,} replayed", [Fact(text, len(runs))] if lines else []
+
+
+def _equivalence(runs: Sequence[Run]) -> tuple[str, list[Fact]]:
+    """What each stack's answers were found to be, launch by launch; nothing where nobody asked."""
+    found = [(point, run.meta["equivalence"]) for point, run in runs if run.meta.get("equivalence")]
+    verdicts = dict.fromkeys(f"{point.stack}: {held['verdict']}" for point, held in found)
+    return ", ".join(verdicts), _counted([f"{point.stack}: {held['words']}" for point, held in found])
 
 
 def _configuration(runs: Sequence[Run]) -> tuple[str, list[Fact]]:

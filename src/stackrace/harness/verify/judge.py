@@ -1,0 +1,137 @@
+"""The judge: our engine's model in float32, one sequence at a time: python -m stackrace.harness.verify.judge ASKED.
+
+Its cache holds every head's keys and values, and prompts are read whole: neither absorbed decoding nor chunks nor other
+sequences' pages stand between it and the textbook. tests/test_verify.py holds it to transformers.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Sequence as Many
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import psutil
+import torch
+from torch import Tensor
+
+from stackrace.backends import checkpoint as checkpoints
+from stackrace.backends.checkpoint import Checkpoint
+from stackrace.backends.mla import cache, weights
+from stackrace.backends.mla.config import Grouped, parse
+from stackrace.backends.mla.model import Model
+from stackrace.backends.mla.runner import Runner
+from stackrace.backends.mla.scheduler import Work
+from stackrace.backends.mla.sequence import Sampling, Sequence
+from stackrace.harness.errors import UsageError
+from stackrace.harness.verify.questions import Questions
+
+Array = npt.NDArray[Any]
+
+TOPS = 64  # tokens kept of each greedy step
+_GREEDY = Sampling(seed=0, temperature=0.0)
+_ROOM = 1.1  # times the weights: activations, and the keys and values of one sequence
+
+
+class Judge:
+    """The model in one type on `device`, ready to be asked about `questions`."""
+
+    def __init__(self, checkpoint: Checkpoint, questions: Questions, device: torch.device, dtype: torch.dtype) -> None:
+        """Weights are converted one tensor at a time. UsageError: a model that is not supported, or too large."""
+        config = parse(checkpoint.config)
+        _check_room(checkpoint, device, dtype)
+        kind = "gqa" if isinstance(config.kv, Grouped) else "mha"
+        model = Model(config, kind, questions.longest, dtype, device)
+        weights.load(checkpoint, model.destinations())
+        self._questions = questions
+        self._pages = cache.num_pages_for(questions.longest)
+        caches = cache.allocate(config, kind, self._pages * len(questions.prompts), dtype, device)
+        self._runner = Runner(model, caches, device)
+
+    def after(self) -> Array:
+        """Log-probabilities of whatever follows each prefix, [prefixes, vocabulary]."""
+        prefixes = self._questions.prefixes
+        return np.stack([self._next([self._sequence(prefix, 0)])[0].cpu().numpy() for prefix in prefixes])
+
+    def outputs(self) -> dict[str, Array]:
+        """Of each prompt and greedy step the token in `outputs`, and the likeliest in `tops` and `likely`."""
+        sequences = [self._sequence(prompt, index) for index, prompt in enumerate(self._questions.prompts)]
+        first = torch.cat([self._next([sequence]) for sequence in sequences])
+        tops, likely = zip(*self._decode(sequences, first), strict=True)
+        outputs = np.array([s.tokens[len(s.prompt) :] for s in sequences])
+        return {"outputs": outputs, "tops": np.stack(tops, axis=1), "likely": np.stack(likely, axis=1)}
+
+    def _sequence(self, prompt: Many[int], place: int) -> Sequence:
+        sequence = Sequence(str(place), prompt, self._questions.greedy_tokens, _GREEDY, frozenset())
+        sequence.pages = list(range(place * self._pages, (place + 1) * self._pages))
+        return sequence
+
+    def _next(self, sequences: Many[Sequence]) -> Tensor:
+        """Log-probabilities of what follows each; several only where each has one token to compute."""
+        work = [Work(sequence, sequence.num_uncomputed) for sequence in sequences]
+        logits = self._runner.logits(work)
+        for sequence, count in work:
+            sequence.num_computed += count
+        return torch.log_softmax(logits, dim=-1)
+
+    def _decode(self, sequences: Many[Sequence], following: Tensor) -> list[tuple[Array, Array]]:
+        """Step by step what was likeliest, [prompts, TOPS] each."""
+        steps = []
+        for step in range(self._questions.greedy_tokens):
+            following = self._next(sequences) if step else following
+            likely, tops = torch.topk(following, min(TOPS, following.shape[-1]), dim=-1)
+            steps.append((tops.cpu().numpy(), likely.cpu().numpy()))
+            for sequence, token in zip(sequences, tops[:, 0].tolist(), strict=True):
+                sequence.tokens.append(token)
+        return steps
+
+
+def _check_room(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError("verify.device=cuda: torch sees no GPU here; give verify.device=cpu")
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    needed = _ROOM * dtype.itemsize * checkpoint.num_parameters
+    if needed > free:
+        raise UsageError(
+            f"{checkpoint.path.name} takes {needed / 1e9:.1f} GB in float32, {device} has {free / 1e9:.1f} GB free: "
+            "give another verify.device"
+        )
+
+
+def answers(checkpoint: Checkpoint, questions: Questions, device: torch.device) -> dict[str, Array]:
+    """`after` and `outputs` in float32, and `noise`: |what bfloat16 changes|, [prefixes, its likeliest tokens]."""
+    exact = Judge(checkpoint, questions, device, torch.float32)
+    right = {"after": exact.after(), **exact.outputs()}
+    del exact  # before the next one takes memory
+    rounded = Judge(checkpoint, questions, device, torch.bfloat16).after()
+    named = np.argsort(-rounded, axis=-1)[:, : questions.logprobs]
+    changed = np.take_along_axis(rounded, named, -1) - np.take_along_axis(right["after"], named, -1)
+    return {**right, "noise": np.abs(changed)}
+
+
+def save(path: Path, arrays: dict[str, Array]) -> None:
+    """All of it or nothing."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    with partial.open("wb") as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]  # numpy's stub takes the names for its own options
+    partial.replace(path)
+
+
+def main(argv: list[str]) -> int:
+    """Answer what the file named says and keep it where it says; 1, with a last line that says why, if that fails."""
+    asked = json.loads(Path(argv[0]).read_bytes())
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.set_float32_matmul_precision("highest")
+    try:
+        checkpoint = checkpoints.check(Path(asked["checkpoint"]))
+        save(Path(asked["out"]), answers(checkpoint, Questions(**asked["questions"]), torch.device(asked["device"])))
+    except (UsageError, torch.OutOfMemoryError) as e:
+        print(" ".join(str(e).split()), file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
