@@ -3,9 +3,12 @@
 #
 #   visit.sh unpack NAME FOLDER   FOLDER/NAME.part* (stackrace engine bundle NAME) -> $WORK/engines/NAME
 #   visit.sh model [NAME]         the seeded checkpoint, computed on the GPU into $MODELS; in the background
+#   visit.sh trial BACKEND        one small point, in the background: that it starts, and its compilation is kept
 #   visit.sh race SECONDS [...]   starts or goes on with the sweep, in the background; waits that long and says where it is
 #   visit.sh state                GPU, clocks, power, processes: what stands beside every figure
-#   visit.sh pack FILE            results so far, as a tar
+#   visit.sh wait NAME SECONDS    the end of a background step (model, trial-BACKEND, race), and what it printed last
+#   visit.sh pack PREFIX          results so far as PREFIX.00 ..., parts of a gzipped tar; without the prompts, which
+#                                 follow from the seed and whose hash stays
 #
 # The machine has Python 3.12, torch 2.11 for CUDA 13 and triton 3.6; all else comes in bundles.
 set -euo pipefail
@@ -17,6 +20,8 @@ ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../../.." && pwd)
 site() { echo "$WORK/engines/$1:$WORK/engines/$1/nvidia_cutlass_dsl/python_packages"; }
 export VLLM_SITE=$(site vllm) SGLANG_SITE=$(site sglang)
 export PYTHONPATH=$WORK/src/src:$WORK/engines/stackrace HYDRA_FULL_ERROR=1
+bench=(python3 -m stackrace bench --config-dir "$HERE/conf" experiment=h200_dsv2_lite
+  models="$MODELS" results="$WORK/results")
 
 # A copy: what the checkout holds may change while a race runs.
 copy() { [ -d "$WORK/src" ] || { mkdir -p "$WORK/src" && tar -C "$ROOT" -c src results pyproject.toml | tar -xC "$WORK/src"; }; }
@@ -38,19 +43,18 @@ unpack)
 model)
   copy; name=${2:-dsv2_lite}; mkdir -p "$MODELS"
   [ -d "$MODELS/$name-seed0" ] || in_background model \
-    python3 -m stackrace model make "$name" --seed 0 --out "$MODELS/$name-seed0" --device cuda ;;
+    python3 -m stackrace model make "$name" --seed 0 --out "$MODELS/$name-seed0" --device ${DEVICE:-cuda} ;;
+trial)
+  copy; in_background "trial-$2" "${bench[@]}" sweep=trial backend="$2" concurrency=4 repeat=0 stop.rounds=null ;;
 race)
-  copy; seconds=$2; shift 2
-  in_background race python3 -m stackrace bench --config-dir "$HERE/conf" \
-    experiment=h200_dsv2_lite models="$MODELS" results="$WORK/results" "$@"
-  wait_for race "$seconds" ;;
+  copy; seconds=$2; shift 2; in_background race "${bench[@]}" "$@"; wait_for race "$seconds" ;;
 wait)
   wait_for "$2" "$3" ;;
 state)
   nvidia-smi --query-gpu=name,driver_version,memory.used,power.draw,power.limit,clocks.sm,clocks.mem,temperature.gpu,clocks_event_reasons.active --format=csv
   nvidia-smi --query-compute-apps=pid,used_memory --format=csv,noheader; nproc; free -g | head -2; df -h /dev/shm | tail -1 ;;
 pack)
-  (cd "$WORK" && tar -cf - results ./*.log) | gzip -6 >"$2"; ls -l "$2" ;;
+  (cd "$WORK" && tar -cf - --exclude=schedule.parquet results ./*.log) | gzip -6 | split -d -b 15M - "$2."; ls -l "$2".* ;;
 *)
-  sed -n '2,12s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 2 ;;
+  sed -n '2,15s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 2 ;;
 esac
