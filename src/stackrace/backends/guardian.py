@@ -5,6 +5,7 @@ engine and everything that it started is ended: SIGTERM first, SIGKILL after a g
 since the guardian adopts them (Linux).
 """
 
+import json
 import os
 import selectors
 import signal
@@ -14,6 +15,8 @@ import time
 from types import FrameType
 
 from stackrace.harness import host
+
+VARIABLE = "STACKRACE_ENGINE_ENVIRONMENT"  # JSON of the variables that the engine gets besides ours
 
 
 def main(argv: list[str]) -> int:
@@ -25,13 +28,23 @@ def main(argv: list[str]) -> int:
     wake = _wake_on(signal.SIGCHLD, signal.SIGTERM)
     try:
         engine = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=host.die_with_parent
+            command,
+            stdin=subprocess.DEVNULL,
+            env=_environment(),
+            start_new_session=True,
+            preexec_fn=host.die_with_parent,
         )
     except OSError as e:
         print(f"cannot start {command[0]}: {e}", file=sys.stderr)
         return 127
     _wait_for_the_end(engine, wake)
     return _end(engine, grace)
+
+
+def _environment() -> dict[str, str]:
+    """Ours and the engine's: that may hide our own packages, so this process itself must not have it."""
+    ours = dict(os.environ)
+    return ours | json.loads(ours.pop(VARIABLE, "{}"))
 
 
 def _wake_on(*signals: signal.Signals) -> int:

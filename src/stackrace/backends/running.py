@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from stackrace.backends import guardian as guardian_of
 from stackrace.harness.errors import EngineDied, EngineError, EngineTimeout
 from stackrace.harness.types import Endpoint
 
@@ -61,7 +62,7 @@ class Engine:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 cwd=at.folder,
-                env={**os.environ, **environment},
+                env={**os.environ, guardian_of.VARIABLE: json.dumps(dict(environment))},
                 start_new_session=True,
             )
         self.endpoint = replace(endpoint, pid=self._guardian.pid)
