@@ -184,6 +184,7 @@ def test_the_source_hash_sees_content_names_and_new_files(tmp_path):
         (["validity.lag_p99.suspect=late"], "validity.lag_p99.suspect='late': must be"),
         (["backend.startup_timeout=abc"], "backend.startup_timeout='abc': must be"),
         (["timeouts.stall=0"], "timeouts.stall=0: must be"),
+        (["telemetry.interval=0"], "telemetry.interval=0: must be"),
         (["backend=external"], "backend.url is not set"),
         (["backend=external", "backend.url=http://user:word@h"], "backend.url holds credentials"),
         (["backend=external", "backend.url=ftp://x"], "backend.url='ftp://x'"),

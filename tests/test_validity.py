@@ -8,6 +8,7 @@ import yaml
 
 from stackrace.harness import records as table
 from stackrace.harness.summary import summarize
+from stackrace.harness.telemetry import samples
 from stackrace.harness.validity import judge
 
 BENCH = yaml.safe_load((Path(__file__).parents[1] / "src/stackrace/conf/bench.yaml").read_text())
@@ -132,6 +133,21 @@ def test_text_counts_and_a_shared_core_are_said():
     rows = [{**r, "token_source": "text"} for r in healthy()]
     assert verdict(rows)[0] == "suspect"
     assert verdict(healthy(), cores={"load_generator": [0], "engine": [0]})[0] == "suspect"
+
+
+@pytest.mark.parametrize(
+    ("bit", "reason"), [(0x4, ""), (0x1, ""), (0x8, "")] + [(bit, "power brake") for bit in (0x20, 0x40, 0x80)]
+)
+def test_a_gpu_held_back_by_heat_or_the_power_brake_is_suspect_and_by_its_power_limit_it_is_not(bit, reason):
+    told = [samples.Sample(round(t * S), "gpu", 0, "clock_reasons", bit * (t == 2)) for t in range(10)]
+    telemetry = samples.frame(told, 0)
+    summary = summarize(table.frame(healthy()), {}, telemetry)
+    config = {"validity": BENCH["validity"], "workload": {"shared_prefix": 0.0}}
+    meta = {"load_generator": HEALTHY, "provenance": {"cores": APART}}
+    found = judge(table.frame(healthy()), summary, config, meta)
+    assert found.verdict == ("suspect" if reason else "valid")
+    assert reason in " ".join(found.reasons)
+    assert ("10.0% of the readings" in " ".join(found.reasons)) == bool(reason)
 
 
 def test_nothing_succeeded():

@@ -244,9 +244,11 @@ class _Run:
     def _keep_telemetry(self) -> None:
         """What was read, if the race began: before, there is no zero to its times."""
         start, sampler = self._standing.start, self._sampler
-        if sampler is None or start is None:
+        if sampler is None:
             return
         sampler.stop()
+        if start is None:
+            return
         self._telemetry = samples.frame(sampler.samples, start)
         self._writer.keep_telemetry(samples.to_bytes(self._telemetry), sources=sampler.sources)
 

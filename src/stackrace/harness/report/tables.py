@@ -22,6 +22,10 @@ STATISTICS = {
     "output_throughput": ("whole", "steady"),
     "request_throughput": ("whole",),
     "goodput": ("whole",),
+    "engine_batch": ("run",),
+    "kv_cache_peak": ("run",),
+    "gpu_power": ("run",),
+    "energy_per_output_token": ("run",),
     "failed": ("run",),
     "lag": ("p99",),
 }
@@ -55,7 +59,8 @@ def columns(points: Sequence[Point]) -> list[Column]:
 def cell(point: Point, metric: str, statistic: str) -> str:
     """A number of a point as it is written: counts whole, the rest in three digits."""
     value = point.value(metric, statistic)
-    return exact(value) if metrics()[metric].over == "run" else digits(value)
+    is_count = value is not None and value.is_integer() and metrics()[metric].over == "run"
+    return exact(value) if is_count else digits(value)
 
 
 def outcome(point: Point) -> str:
