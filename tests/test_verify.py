@@ -35,7 +35,7 @@ from stackrace.harness.verify.verdict import Equivalence, compare
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 SHORT = yaml.safe_load((Path(checkpoint.__file__).parents[1] / "conf" / "verify" / "short.yaml").read_text())
-SETTINGS = parse(SHORT | {"longest": 128, "prefixes": 24, "exact": [64, 65, 129, 600]})
+SETTINGS = parse(SHORT | {"longest": 256, "prefixes": 16, "exact": [64, 65, 600, 700], "greedy_tokens": 16})
 CPU = torch.device("cpu")
 
 
@@ -94,7 +94,10 @@ def told(event: TokenEvent) -> Told:
 
 
 def verdict(world: World, plant: Callable[[Engine], object], **how: str) -> Equivalence:
-    return compare(world.judged, answered(world, plant, **how), world.questions, SETTINGS)
+    found = compare(world.judged, answered(world, plant, **how), world.questions, SETTINGS)
+    assert found.worst is not None
+    print(f"{plant.__name__} {how}: {found.mean:.4f} {found.worst[0]} {found.decoding:.4f} {found.limits}")  # pytest -s
+    return found
 
 
 def nothing(engine: Engine) -> None:
@@ -151,7 +154,7 @@ def test_rounding_and_another_cache_are_no_fault(tiny: World, how: dict[str, str
     assert found.verdict == "equal", found.words
     assert found.mean is not None
     assert found.limits is not None
-    assert found.mean < found.limits.mean / 2
+    assert found.mean < found.limits.usual / 2
     assert (found.mean < 1e-5) == (how.get("dtype") == "float32")
 
 
@@ -186,15 +189,14 @@ def test_swapped_experts_are_found(expert: World) -> None:
 
 
 def test_stacks_without_a_judge_are_held_to_each_other(tiny: World) -> None:
-    right = Peer("first", answered(tiny, nothing))
-    for plant, expected in ((nothing, "equal"), (swapped_pages, "differs")):
-        found = compare(right, answered(tiny, plant), tiny.questions, SETTINGS)
+    first, second = answered(tiny, nothing), answered(tiny, other_weights)
+    for answers, expected in ((first, "equal"), (second, "differs")):
+        found = compare(Peer("first", first), answers, tiny.questions, SETTINGS)
         assert found.verdict == expected
         assert found.words.endswith(", against first")
 
 
-def swapped_pages(engine: Engine) -> None:
-    """Each layer's values are of the layer's first head."""
+def other_weights(engine: Engine) -> None:
     for layer in layers(engine):
         layer.attention.o_proj.weight[:] = layer.attention.o_proj.weight.flip(0)
 
@@ -204,7 +206,7 @@ def test_the_judge_is_transformers(tiny: World) -> None:
     theirs = transformers.DeepseekV2ForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
     everything = range(tiny.weights.config["vocab_size"])
     with torch.inference_mode():
-        for index in (0, 2, 9):
+        for index in (0, 1, 9):
             logits = theirs(torch.tensor([tiny.questions.prefixes[index]])).logits[0, -1]
             off = torch.log_softmax(logits, -1).numpy() - tiny.judged.after(index, everything)
             assert abs(off).max() < 1e-4
@@ -264,7 +266,7 @@ def test_the_command_finds_a_server_that_forgot_its_mscale(
         assert "computes something else: mean |Δlogp|" in capsys.readouterr().out.replace("\n", " ")
         held = json.loads((tmp_path / "verify" / "equivalence.json").read_text())["external"]
         assert held["verdict"] == "differs"
-        assert held["mean"] > held["limits"]["mean"]
+        assert held["mean"] > held["limits"]["usual"]
         assert verify([*common, f"backend.checkpoint={wrong}"]) == 0
     assert verify([*common, "backend.checkpoint=null", "backend.startup_timeout=1"]) == 1
     assert "no checkpoint is known" in capsys.readouterr().out.replace("\n", " ")
@@ -293,7 +295,7 @@ def test_questions_are_seeded_fit_and_hold_no_special_token() -> None:
     assert [len(p) for p in asked.prefixes[:3]] == [64, 65, 16]
     assert len(asked.prefixes) == SETTINGS.prefixes
     assert {t for p in (*asked.prefixes, *asked.prompts) for t in p} == set(usable)
-    assert max(map(len, draw(SETTINGS, usable, None).prefixes)) == 600
+    assert max(map(len, draw(SETTINGS, usable, None).prefixes)) == 700
 
 
 def choice(**fields: Any) -> dict[str, Any]:
