@@ -35,10 +35,9 @@ class Limits(NamedTuple):
     """What differences may be at most."""
 
     mean: float
-    worst: float
-    gap: float
     usual: float  # mean without the tail
-    unusual: float  # of a prefix that is not counted as part of the tail
+    worst: float  # of a prefix that is not counted as part of the tail
+    gap: float
     tail: float
 
 
@@ -102,16 +101,17 @@ def compare(reference: Reference, answers: Answers, questions: Questions, settin
 
 
 def limits_of(reference: Reference, settings: Settings) -> Limits:
-    """Those of conf/verify, and those in multiples of the judge's own bfloat16 noise, infinite where it is not known.
+    """Those of conf/verify, those for all but the tail in multiples of the judge's own bfloat16 noise.
 
-    Weights that say little let rounding change little, and faults as well.
+    Weights that say little let rounding change little, and faults as well; strong experts, that rounding chooses
+    otherwise, make single positions differ by much.
     """
-    usual = unusual = float("inf")
-    if reference.noise is not None:
-        noise = reference.noise.mean(axis=-1)
-        usual, unusual = (settings.noise_factor * n for n in (_usual(noise, settings.tail), float(noise.max())))
-    fixed = settings.mean_limit, settings.worst_limit, settings.gap_limit
-    return Limits(*fixed, usual, unusual, settings.tail)
+    mean, worst, gap = settings.mean_limit, settings.worst_limit, settings.gap_limit
+    if reference.noise is None:
+        return Limits(mean, mean, worst, gap, settings.tail)
+    noise, factor = reference.noise.mean(axis=-1), settings.noise_factor
+    usual, gap = factor * _usual(noise, settings.tail), max(gap, factor * float(reference.noise.max()))
+    return Limits(mean, usual, factor * float(noise.max()), gap, settings.tail)
 
 
 def _usual(differences: Sequence[float] | Floats, tail: float) -> float:
@@ -150,8 +150,8 @@ def _reasons(
         mean = float(np.mean(differences))
         if mean > limits.mean or _usual(differences, limits.tail) > limits.usual:
             reasons.append(f"mean |Δlogp| {mean:.2g} {where}")
-    beyond = [p for p in ranked if p.difference > min(limits.worst, limits.unusual)]
-    if after[0] > limits.worst or len(beyond) > max(1, limits.tail * len(ranked)):
+    beyond = [p for p in ranked if p.difference > limits.worst]
+    if len(beyond) > max(1, limits.tail * len(ranked)):
         shown = ", ".join(f"{p.difference:.2g} after {p.tokens} tokens" for p in beyond[:_SHOWN])
         reasons.append(f"{len(beyond)} of {len(ranked)} prefixes far off ({shown})")
     if wrong := [p for p in partings if p.behind > limits.gap]:
