@@ -16,7 +16,7 @@ from stackrace.harness.warmup import WarmUp
 
 CONF = Path(__file__).parents[1] / "src" / "stackrace" / "conf"
 EXPERIMENTS = sorted(p.stem for p in (CONF / "experiment").glob("*.yaml"))
-GROUPS = ("workload", "lengths", "arrival", "slo", "hardware")
+GROUPS = ("workload", "lengths", "arrival", "slo", "hardware", "verify")
 OPTIONS = [(g, p.stem) for g in GROUPS for p in sorted((CONF / g).glob("*.yaml"))]
 DATA = Path(__file__).parent / "data"
 NEEDS = {  # what an option cannot do without

@@ -20,6 +20,7 @@ def test_the_demo_in_small(stackrace, tmp_path, processes_of):
         assert records["chunk_tokens"].map(sum).eq(24).all()
         assert set(records["token_source"]) == {"ids"}
         assert (records["cached_tokens"] == 0).all()
+        assert run.meta["equivalence"]["verdict"] == "equal", run.meta["equivalence"]["words"]
         assert "stackrace.backends.mla.server" in run.meta["backend"]["command"]
         stacks[run.meta["point"]["stack"]] = run
     latent, expanded = stacks["mla"], stacks["mla_mha"]
@@ -34,3 +35,4 @@ def test_the_demo_in_small(stackrace, tmp_path, processes_of):
     assert drawn.returncode == 0, drawn.stderr
     page = (tmp_path / "results" / "demo" / "report.html").read_text()
     assert "mla_mha" in page
+    assert "mla: equal, mla_mha: equal" in page

@@ -62,6 +62,7 @@ def write(tmp_path):
         backend = {"command": ["serve", "--flag", "a b"], "version": "1.2.3", "fingerprint": more.get("print", "f")}
         provenance = {"gpus": [{"name": "NVIDIA H200"}], "git": {"commit": "abcdef123456", "dirty": True}}
         meta = {"point": point, "schedule": schedule, "backend": backend, "provenance": provenance}
+        meta |= {"equivalence": more["equivalence"]} if "equivalence" in more else {}
         writer.begin(config, {**meta, "started_at": "2026-11-23T10:00:00Z"})
         if "error" in more:
             writer.end("failed", error=more["error"])
@@ -458,3 +459,17 @@ def test_log_axis_spans_the_data(write, points):
     axis = charts(points(), looks(["a"]))[0].views[0].axes["log"]
     assert all(axis["range"][0] <= math.log10(t) <= axis["range"][1] for t in axis["tickvals"])
     assert "100" in axis["ticktext"]
+
+
+def test_a_stack_that_computes_something_else_is_called_so_everywhere(write, tmp_path):
+    differs = {"verdict": "differs", "words": "computes something else: mean |Δlogp| 0.59 over 32 prefixes"}
+    write("right", equivalence={"verdict": "equal", "words": "equal: mean |Δlogp| 0.002 over 32 prefixes"})
+    write("wrong", ttft=1, equivalence=differs)
+    runs = [read_run(f) for f in find_runs(tmp_path / "results")]
+    page = build([tmp_path / "results"], tmp_path / "page.html").read_text()
+    assert page.count("wrong (computes something else)") >= 3  # legend, table, provenance
+    assert "right: equal: mean |Δlogp| 0.002" in unescape(page)
+    assert {p.stack for p in from_runs(runs)} == {"right", "wrong (computes something else)"}
+    console = Console(file=io.StringIO(), width=160)
+    console.print(text_table(runs))
+    assert "computes" in console.file.getvalue()

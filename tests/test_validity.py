@@ -47,10 +47,10 @@ def row(i, due, sent=None, first=0.05, service=0.2, tokens=5, slot=None, **chang
     return {**fields, **changes}
 
 
-def verdict(rows, health=HEALTHY, cores=APART, shared_prefix=0.0, **schedule):
+def verdict(rows, health=HEALTHY, cores=APART, shared_prefix=0.0, equivalence=None, **schedule):
     frame = table.frame(rows)
     config = {"validity": BENCH["validity"], "workload": {"shared_prefix": shared_prefix}}
-    meta = {"load_generator": health, "provenance": {"cores": cores}, "schedule": schedule}
+    meta = {"load_generator": health, "provenance": {"cores": cores}, "schedule": schedule, "equivalence": equivalence}
     found = judge(frame, summarize(frame, {}), config, meta)
     return found.verdict, " ".join(found.reasons)
 
@@ -194,3 +194,10 @@ def test_a_run_that_is_still_filling_up_is_not_called_growing():
     assert verdict([row(i, t, first=3.0, service=3.2) for i, t in enumerate(due)]) == ("valid", "")
     slow = [row(i, t, service=1.5) for i, t in enumerate(due)]
     assert verdict(slow) == ("valid", "")
+
+
+def test_a_stack_that_computes_something_else_is_invalid_whatever_its_speed():
+    words = "computes something else: mean |Δlogp| 0.59 over 32 prefixes"
+    assert verdict(healthy(), equivalence={"verdict": "differs", "words": words}) == ("invalid", words)
+    for other in ("equal", "not judged"):
+        assert verdict(healthy(), equivalence={"verdict": other, "words": other}) == ("valid", "")

@@ -44,7 +44,8 @@ def main(argv: list[str]) -> int:
 def _environment() -> dict[str, str]:
     """Ours and the engine's: that may hide our own packages, so this process itself must not have it."""
     ours = dict(os.environ)
-    return ours | json.loads(ours.pop(VARIABLE, "{}"))
+    engines: dict[str, str] = json.loads(ours.pop(VARIABLE, "{}"))
+    return ours | engines
 
 
 def _wake_on(*signals: signal.Signals) -> int:

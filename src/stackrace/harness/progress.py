@@ -5,6 +5,7 @@ from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
+from rich.markup import escape
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
@@ -122,7 +123,14 @@ def outcome(meta: dict[str, Any]) -> str:
     verdict = validity.get("verdict", "no verdict")
     colour = {"valid": "green", "suspect": "yellow"}.get(verdict, "red")
     reasons = f" ({'; '.join(validity['reasons'])})" if validity.get("reasons") else ""
-    return f"{', '.join(words)} [{colour}]{verdict}[/{colour}]{reasons}"
+    return f"{', '.join(words)} [{colour}]{verdict}[/{colour}]{reasons}{_unjudged(meta)}"
+
+
+def _unjudged(meta: dict[str, Any]) -> str:
+    """That nobody could tell whether the stack computes what its checkpoint says."""
+    found = meta.get("equivalence") or {}
+    is_meant = bool(meta.get("provenance", {}).get("checkpoint"))
+    return f"; {escape(found['words'])}" if is_meant and found.get("verdict") == "not judged" else ""
 
 
 def _clock(seconds: float) -> str:

@@ -77,7 +77,7 @@ def configs(overrides: Sequence[str]) -> list[DictConfig]:
 
 def _stack(cfg: DictConfig) -> Stack:
     if cfg.get("verify") is None:
-        raise UsageError("verify=null: nothing would be asked; give verify=short or verify=full")
+        raise UsageError("verify=none: nothing would be asked; give verify=short or verify=full")
     backend, cores = build_backend(cfg)
     config: Any = OmegaConf.to_container(cfg, resolve=True)
     return Stack(backend, cores, prepare(backend, config), Path(cfg.results, cfg.sweep))

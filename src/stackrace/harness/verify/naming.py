@@ -4,7 +4,6 @@ from collections import defaultdict
 from pathlib import Path
 
 from stackrace.backends.checkpoint import Checkpoint
-from stackrace.harness.tokenizer import TextTokenizer
 
 _BY_ID = "token_id:"  # vLLM's and our own, where ids are asked for
 
@@ -14,6 +13,8 @@ class Names:
 
     def __init__(self, path: Path) -> None:
         """`path`: the checkpoint's folder."""
+        from stackrace.harness.tokenizer import TextTokenizer  # heavy, and not needed where nothing is judged
+
         self._tokenizer = TextTokenizer(path)
         self._ids: dict[str, list[int]] = defaultdict(list)
 

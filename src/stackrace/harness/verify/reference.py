@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -122,7 +123,7 @@ def obtain(
     try:
         with np.load(path) as arrays:
             return Judged({name: arrays[name] for name in arrays.files})
-    except (OSError, ValueError, KeyError) as e:
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as e:
         raise NoJudge(f"{path} cannot be read ({e}): delete it") from None
 
 

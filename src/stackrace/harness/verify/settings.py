@@ -26,6 +26,7 @@ class Settings(NamedTuple):
     worst_limit: float
     gap_limit: float
     noise_factor: float
+    tail: float
     device: str
     timeout: float
 
@@ -41,6 +42,7 @@ def parse(node: Mapping[str, Any]) -> Settings:
     least = settings.shortest
     require("verify.longest", settings.longest, int, lambda v: v >= least, f"verify.shortest={least} or more")
     require("verify.logprobs", settings.logprobs, int, lambda v: v <= _MOST, f"{_MOST} at most")
+    require("verify.tail", settings.tail, (int, float), lambda v: 0 <= v < 1, "a share from 0 to below 1")
     for length in settings.exact:
         require("verify.exact", length, int, lambda v: v > 0, "a list of whole numbers above 0")
     require("verify.device", settings.device, str, lambda v: v.split(":")[0] in ("cpu", "cuda"), "cpu or cuda")

@@ -35,8 +35,10 @@ class Limits(NamedTuple):
     """What differences may be at most."""
 
     mean: float
-    worst: float
+    usual: float  # mean without the tail
+    worst: float  # of a prefix that is not counted as part of the tail
     gap: float
+    tail: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +83,7 @@ def compare(reference: Reference, answers: Answers, questions: Questions, settin
     partings = [found for i in range(len(questions.prompts)) if (found := _parting(reference, answers, i))]
     mean, decoding = float(np.mean(after)), _decoding(reference, answers, partings)
     limits = limits_of(reference, settings)
-    reasons = _reasons(mean, ranked, decoding, partings, limits)
+    reasons = _reasons(ranked, decoding, partings, limits)
     told = "; ".join(reasons) or f"mean |Δlogp| {mean:.2g} over {len(after)} prefixes"
     against = "" if reference.by == "the judge" else f", against {reference.by}"
     return Equivalence(
@@ -90,7 +92,7 @@ def compare(reference: Reference, answers: Answers, questions: Questions, settin
         against=reference.by,
         mean=mean,
         worst=ranked[:_SHOWN],
-        decoding=decoding,
+        decoding=float(np.mean(decoding)),
         partings=partings,
         prefixes=len(after),
         prompts=len(questions.prompts),
@@ -99,15 +101,22 @@ def compare(reference: Reference, answers: Answers, questions: Questions, settin
 
 
 def limits_of(reference: Reference, settings: Settings) -> Limits:
-    """Those of conf/verify, or in multiples of the judge's own bfloat16 noise, whichever is lower.
+    """Those of conf/verify, those for all but the tail in multiples of the judge's own bfloat16 noise.
 
-    Weights that say little let rounding change little, and faults as well.
+    Weights that say little let rounding change little, and faults as well; strong experts, that rounding chooses
+    otherwise, make single positions differ by much.
     """
-    fixed = Limits(settings.mean_limit, settings.worst_limit, settings.gap_limit)
+    mean, worst, gap = settings.mean_limit, settings.worst_limit, settings.gap_limit
     if reference.noise is None:
-        return fixed
-    noise = Limits(reference.noise.mean(), reference.noise.mean(axis=-1).max(), reference.noise.max())
-    return Limits(*(float(min(most, settings.noise_factor * n)) for most, n in zip(fixed, noise, strict=True)))
+        return Limits(mean, mean, worst, gap, settings.tail)
+    noise, factor = reference.noise.mean(axis=-1), settings.noise_factor
+    usual, gap = factor * _usual(noise, settings.tail), max(gap, factor * float(reference.noise.max()))
+    return Limits(mean, usual, factor * float(noise.max()), gap, settings.tail)
+
+
+def _usual(differences: Sequence[float] | Floats, tail: float) -> float:
+    """The mean without the largest `tail` of them."""
+    return float(np.sort(differences)[: len(differences) - int(tail * len(differences))].mean())
 
 
 def _off(told: Told, known: Floats) -> float:
@@ -122,33 +131,30 @@ def _parting(reference: Reference, answers: Answers, prompt: int) -> Parting | N
     return None
 
 
-def _decoding(reference: Reference, answers: Answers, partings: Sequence[Parting]) -> float:
-    """Over the steps up to where outputs part: until there, both had the same context."""
+def _decoding(reference: Reference, answers: Answers, partings: Sequence[Parting]) -> list[float]:
+    """Of each greedy step up to where outputs part: until there, both had the same context."""
     ends = {p.prompt: p.step + 1 for p in partings}
-    return float(
-        np.mean(
-            [
-                _off(told, reference.at_step(prompt, step, list(told)))
-                for prompt, steps in enumerate(answers.steps)
-                for step, told in enumerate(steps[: ends.get(prompt)])
-            ]
-        )
-    )
+    return [
+        _off(told, reference.at_step(prompt, step, list(told)))
+        for prompt, steps in enumerate(answers.steps)
+        for step, told in enumerate(steps[: ends.get(prompt)])
+    ]
 
 
 def _reasons(
-    mean: float, ranked: Sequence[Prefix], decoding: float, partings: Sequence[Parting], limits: Limits
+    ranked: Sequence[Prefix], decoding: Sequence[float], partings: Sequence[Parting], limits: Limits
 ) -> list[str]:
     """What passed its limit."""
-    reasons = []
-    if mean > limits.mean:
-        reasons.append(f"mean |Δlogp| {mean:.2g} over {len(ranked)} prefixes")
-    if bad := [p for p in ranked if p.difference > limits.worst]:
-        shown = ", ".join(f"{p.difference:.2g} after {p.tokens} tokens" for p in bad[:_SHOWN])
-        reasons.append(f"{len(bad)} of {len(ranked)} prefixes far off ({shown})")
-    if decoding > limits.mean:
-        reasons.append(f"mean |Δlogp| {decoding:.2g} while decoding")
+    after, reasons = [p.difference for p in ranked], []
+    for differences, where in ((after, f"over {len(ranked)} prefixes"), (decoding, "while decoding")):
+        mean = float(np.mean(differences))
+        if mean > limits.mean or _usual(differences, limits.tail) > limits.usual:
+            reasons.append(f"mean |Δlogp| {mean:.2g} {where}")
+    beyond = [p for p in ranked if p.difference > limits.worst]
+    if len(beyond) > max(1, limits.tail * len(ranked)):
+        shown = ", ".join(f"{p.difference:.2g} after {p.tokens} tokens" for p in beyond[:_SHOWN])
+        reasons.append(f"{len(beyond)} of {len(ranked)} prefixes far off ({shown})")
     if wrong := [p for p in partings if p.behind > limits.gap]:
         far = max(wrong, key=lambda p: p.behind)
-        reasons.append(f"{len(wrong)} greedy outputs part at a token {far.behind:.2g} behind (step {far.step})")
+        reasons.append(f"{len(wrong)} of the greedy outputs part at a token {far.behind:.2g} behind (step {far.step})")
     return reasons

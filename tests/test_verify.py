@@ -1,0 +1,339 @@
+"""Do stacks compute the same: planted faults are found, rounding is none of them, the judge is transformers'."""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import transformers
+import yaml
+from engine_kit import GREEDY, published
+from server_kit import running, small
+
+from stackrace.backends import checkpoint
+from stackrace.backends.mla import engine as engines
+from stackrace.backends.mla import runner
+from stackrace.backends.mla.engine import Engine, TokenEvent
+from stackrace.backends.mla.sequence import Sequence
+from stackrace.harness.errors import UsageError
+from stackrace.harness.types import Endpoint
+from stackrace.harness.verify import answers as asking
+from stackrace.harness.verify import judge, reference
+from stackrace.harness.verify.answers import Answers, NoAnswer, Told
+from stackrace.harness.verify.command import verify
+from stackrace.harness.verify.naming import Names
+from stackrace.harness.verify.questions import Questions, draw
+from stackrace.harness.verify.reference import Judged, NoJudge, Peer, obtain, place
+from stackrace.harness.verify.settings import Settings, parse
+from stackrace.harness.verify.verdict import Equivalence, compare
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SHORT = yaml.safe_load((Path(checkpoint.__file__).parents[1] / "conf" / "verify" / "short.yaml").read_text())
+SETTINGS = parse(SHORT | {"longest": 256, "prefixes": 16, "exact": [64, 65, 600, 700], "greedy_tokens": 16})
+CPU = torch.device("cpu")
+
+
+class World(NamedTuple):
+    """A checkpoint and what is right of it."""
+
+    weights: checkpoint.Checkpoint
+    questions: Questions
+    judged: Judged
+
+
+def world(folder: Path, changes: dict[str, Any], settings: Settings = SETTINGS) -> World:
+    weights = checkpoint.make(published("tiny") | changes, folder / "model", 0, 1 << 30, "cpu")
+    questions = draw(settings, Names(weights.path).usable(weights), 1024)
+    return World(weights, questions, Judged(judge.answers(weights, questions, CPU)))
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return world(tmp_path_factory.mktemp("tiny"), {})
+
+
+@pytest.fixture(scope="module")
+def expert(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """Experts as strong as DeepSeek-V2's, scaled by 16: those of `tiny` add less than bfloat16 rounds away."""
+    return world(tmp_path_factory.mktemp("expert"), {"routed_scaling_factor": 16.0})
+
+
+def answered(
+    world: World, plant: Callable[[Engine], object], attention: str = "mla", dtype: str = "bfloat16"
+) -> Answers:
+    """What our engine says, all questions at once, with a fault planted in it."""
+    settings = engines.Settings(world.weights.path, attention, dtype, "cpu", 8, 512, 1024, 100_000_000, False)
+    engine = engines.build(settings, world.weights)
+    plant(engine)
+    asked = world.questions
+
+    def sequence(name: str, prompt: tuple[int, ...], tokens: int) -> Sequence:
+        return Sequence(name, list(prompt), tokens, GREEDY, frozenset(), num_logprobs=asked.logprobs)
+
+    greedy = [sequence(f"g{i}", p, asked.greedy_tokens) for i, p in enumerate(asked.prompts)]
+    prefixes = [sequence(f"p{i}", p, 1) for i, p in enumerate(asked.prefixes)]
+    events: dict[str, list[TokenEvent]] = {s.id: [] for s in [*greedy, *prefixes]}
+    for each in [*greedy, *prefixes]:
+        engine.submit(each)
+    while not engine.idle:
+        for event in engine.step():
+            events[event.id].append(event)
+    steps = [[told(e) for e in events[s.id]] for s in greedy]
+    return Answers([told(events[s.id][0]) for s in prefixes], [[e.token for e in events[s.id]] for s in greedy], steps)
+
+
+def told(event: TokenEvent) -> Told:
+    assert event.logprobs is not None
+    return dict(event.logprobs.top)
+
+
+def verdict(world: World, plant: Callable[[Engine], object], **how: str) -> Equivalence:
+    found = compare(world.judged, answered(world, plant, **how), world.questions, SETTINGS)
+    assert found.worst is not None
+    print(f"{plant.__name__} {how}: {found.mean:.4f} {found.worst[0]} {found.decoding:.4f} {found.limits}")  # pytest -s
+    return found
+
+
+def nothing(engine: Engine) -> None:
+    pass
+
+
+def layers(engine: Engine) -> Any:
+    return engine.runner._model.layers
+
+
+def with_config(engine: Engine, change: Callable[[Any], Any]) -> None:
+    for layer in layers(engine):
+        layer.attention.config = change(layer.attention.config)
+
+
+def without_mscale(engine: Engine) -> None:
+    with_config(engine, lambda c: dataclasses.replace(c, softmax_scale=c.kv.qk_width**-0.5))
+
+
+def half_split(engine: Engine) -> None:
+    with_config(engine, lambda c: dataclasses.replace(c, rope=dataclasses.replace(c.rope, interleaved=False)))
+
+
+def swapped_experts(engine: Engine) -> None:
+    experts = layers(engine)[-1].mlp
+    for weight in (experts.gate_up_proj, experts.down_proj):
+        weight[[0, 1]] = weight[[1, 0]]
+
+
+@contextmanager
+def lost_page(monkeypatch: pytest.MonkeyPatch, *where: str) -> Iterator[Callable[[Engine], object]]:
+    """The second page of a context is read from where the first one lies."""
+    table, slots = runner._table, runner._slots
+
+    def lost_table(sequences: Any) -> Any:
+        return [[pages[0], pages[0], *pages[2:]] if len(pages) > 1 else pages for pages in table(sequences)]
+
+    def lost_slots(sequence: Sequence, start: int, stop: int) -> torch.Tensor:
+        found = slots(sequence, start, stop)
+        is_context = start == 0 and stop > 64 and sequence.num_computed > 0
+        return torch.cat([found[:64], found[: stop - 64][:64], found[128:]]) if is_context else found
+
+    with monkeypatch.context() as patch:
+        if "decode" in where:
+            patch.setattr(runner, "_table", lost_table)
+        if "chunk" in where:
+            patch.setattr(runner, "_slots", lost_slots)
+        yield nothing
+
+
+@pytest.mark.parametrize("how", [{}, {"attention": "mha"}, {"dtype": "float32"}], ids=str)
+def test_rounding_and_another_cache_are_no_fault(tiny: World, how: dict[str, str]) -> None:
+    found = verdict(tiny, nothing, **how)
+    assert found.verdict == "equal", found.words
+    assert found.mean is not None
+    assert found.limits is not None
+    assert found.mean < found.limits.usual / 2
+    assert (found.mean < 1e-5) == (how.get("dtype") == "float32")
+
+
+@pytest.mark.parametrize("plant", [without_mscale, half_split])
+def test_a_wrong_attention_is_found(tiny: World, plant: Callable[[Engine], object]) -> None:
+    found = verdict(tiny, plant)
+    assert found.verdict == "differs"
+    assert found.words.startswith("computes something else: mean |Δlogp| 0.0")
+
+
+def test_a_page_lost_while_decoding_is_found(tiny: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No prefix tells of it: what follows them is computed by prefill."""
+    with lost_page(monkeypatch, "decode") as plant:
+        found = verdict(tiny, plant)
+    assert found.verdict == "differs"
+    assert "while decoding" in found.words
+    assert "prefixes" not in found.words
+
+
+def test_a_page_lost_between_chunks_is_found_where_it_was(tiny: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    with lost_page(monkeypatch, "chunk") as plant:
+        found = verdict(tiny, plant)
+    assert found.verdict == "differs"
+    assert found.worst is not None
+    assert found.worst[0].tokens > 128
+    assert f"after {found.worst[0].tokens} tokens" in found.words
+
+
+def test_swapped_experts_are_found(expert: World) -> None:
+    assert verdict(expert, nothing).verdict == "equal"
+    assert verdict(expert, swapped_experts).verdict == "differs"
+
+
+def test_stacks_without_a_judge_are_held_to_each_other(tiny: World) -> None:
+    first, second = answered(tiny, nothing), answered(tiny, other_weights)
+    for answers, expected in ((first, "equal"), (second, "differs")):
+        found = compare(Peer("first", first), answers, tiny.questions, SETTINGS)
+        assert found.verdict == expected
+        assert found.words.endswith(", against first")
+
+
+def other_weights(engine: Engine) -> None:
+    for layer in layers(engine):
+        layer.attention.o_proj.weight[:] = layer.attention.o_proj.weight.flip(0)
+
+
+def test_the_judge_is_transformers(tiny: World) -> None:
+    path = tiny.weights.path
+    theirs = transformers.DeepseekV2ForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
+    everything = range(tiny.weights.config["vocab_size"])
+    with torch.inference_mode():
+        for index in (0, 1, 9):
+            logits = theirs(torch.tensor([tiny.questions.prefixes[index]])).logits[0, -1]
+            off = torch.log_softmax(logits, -1).numpy() - tiny.judged.after(index, everything)
+            assert abs(off).max() < 1e-4
+        whole = torch.tensor([[*tiny.questions.prompts[1], *tiny.judged.output(1)]])
+        following = torch.log_softmax(theirs(whole).logits[0, len(tiny.questions.prompts[1]) - 1 : -1], -1)
+    assert following.argmax(-1).tolist() == tiny.judged.output(1)
+    for step, row in enumerate(following):
+        top = row.topk(5)
+        assert abs(top.values.numpy() - tiny.judged.at_step(1, step, top.indices.tolist())).max() < 1e-4
+
+
+def test_the_judge_answers_once_from_a_process_of_its_own(tmp_path: Path) -> None:
+    few = parse(SHORT | {"prefixes": 2, "exact": [5], "longest": 16, "greedy": 1, "greedy_tokens": 3})
+    here = world(tmp_path, {"vocab_size": 64}, few)
+    path = place(tmp_path / "references", here.weights, here.questions)
+    found = obtain(path, here.weights, here.questions, "cpu", (0,), 100)
+    assert found.output(0) == here.judged.output(0)
+    assert found.after(1, [7]) == pytest.approx(here.judged.after(1, [7]), abs=1e-5)
+    written = path.stat().st_mtime_ns
+    obtain(path, here.weights, here.questions, "cpu", (0,), 100)
+    assert path.stat().st_mtime_ns == written
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def test_a_judge_that_cannot_says_so_in_a_line(tiny: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(reference.sys, "executable", shutil.which("false"))
+    with pytest.raises(NoJudge, match="the judge cannot: exit code 1"):
+        obtain(tmp_path / "x.npz", tiny.weights, tiny.questions, "cpu", (0,), 100)
+    (tmp_path / "x.npz").write_bytes(b"")
+    with pytest.raises(NoJudge, match=r"x\.npz cannot be read .*: delete it"):
+        obtain(tmp_path / "x.npz", tiny.weights, tiny.questions, "cpu", (0,), 100)
+    huge = dataclasses.replace(tiny.weights, num_parameters=10**15)
+    with pytest.raises(UsageError, match=r"model takes 4400000\.0 GB in float32, cpu has .* GB free"):
+        judge.Judge(huge, tiny.questions, CPU, torch.float32)
+    if not torch.cuda.is_available():
+        with pytest.raises(UsageError, match=r"verify\.device=cuda: torch sees no GPU here"):
+            judge.Judge(tiny.weights, tiny.questions, torch.device("cuda"), torch.float32)
+
+
+def test_the_command_finds_a_server_that_forgot_its_mscale(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Real HTTP; the server reads a config.json that lacks a key, the judge the right one."""
+    right = small(tmp_path, initializer_range=0.1)
+    wrong = tmp_path / "wrong"
+    shutil.copytree(right, wrong)
+    config = json.loads((wrong / "config.json").read_text())
+    config["rope_scaling"] |= {"mscale": 0.0, "mscale_all_dim": 0.0, "attention_factor": 1.0}
+    (wrong / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(reference, "_compute", in_this_process)
+    common = ["verify=short", "verify.prefixes=12", "verify.exact=[65]", "verify.longest=100", f"results={tmp_path}"]
+    common += ["verify.greedy=2", "verify.greedy_tokens=8", "backend.max_model_len=500"]
+    with running(wrong) as (_, port):
+        url = f"backend.url=http://127.0.0.1:{port}"
+        common += ["backend=external", url, "backend.model=tiny"]
+        assert verify([*common, f"backend.checkpoint={right}"]) == 1
+        assert "computes something else: mean |Δlogp|" in capsys.readouterr().out.replace("\n", " ")
+        held = json.loads((tmp_path / "verify" / "equivalence.json").read_text())["external"]
+        assert held["verdict"] == "differs"
+        assert held["mean"] > held["limits"]["usual"]
+        assert verify([*common, f"backend.checkpoint={wrong}"]) == 0
+    assert verify([*common, "backend.checkpoint=null", "backend.startup_timeout=1"]) == 1
+    assert "no checkpoint is known" in capsys.readouterr().out.replace("\n", " ")
+
+
+def in_this_process(
+    path: Path, weights: checkpoint.Checkpoint, questions: Questions, device: str, *limits: object
+) -> None:
+    judge.save(path, judge.answers(weights, questions, torch.device(device)))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"), [(["verify=none"], "verify=none"), (["backend=mla,mla"], "two of them have one name")]
+)
+def test_the_command_refuses_what_makes_no_sense(overrides: list[str], words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        verify(overrides)
+
+
+def test_questions_are_seeded_fit_and_hold_no_special_token() -> None:
+    usable = list(range(3, 50))
+    asked = draw(SETTINGS, usable, 100)
+    assert asked == draw(SETTINGS, usable, 100)
+    assert asked.hash != draw(SETTINGS._replace(seed=1), usable, 100).hash
+    assert asked.longest == 100
+    assert [len(p) for p in asked.prefixes[:3]] == [64, 65, 16]
+    assert len(asked.prefixes) == SETTINGS.prefixes
+    assert {t for p in (*asked.prefixes, *asked.prompts) for t in p} == set(usable)
+    assert max(map(len, draw(SETTINGS, usable, None).prefixes)) == 700
+
+
+def choice(**fields: Any) -> dict[str, Any]:
+    return {
+        "text": " t7 t8",
+        "logprobs": {"tokens": ["t7", " t8"], "top_logprobs": [{"t7": -1.0, "t9": None}] * 2},
+    } | fields
+
+
+def test_answers_are_read_in_every_dialect(tiny: World) -> None:
+    names = Names(tiny.weights.path)
+    assert asking._told(choice(), names) == [{7: -1.0, 9: asking.IMPOSSIBLE}] * 2
+    by_id = {"top_logprobs": [{"token_id:12": -2.5, "token_id:1": -3}]}
+    assert asking._told(choice(logprobs=by_id), names) == [{12: -2.5, 1: -3.0}]
+    assert asking._tokens(choice(token_ids=[4, 5]), names, 2) == [4, 5]
+    assert asking._tokens(choice(), names, 2) == [7, 8]
+    assert asking._tokens(choice(logprobs=None), names, 2) == [7, 8]
+    with pytest.raises(NoAnswer, match="3 tokens were asked for, 2 can be told"):
+        asking._tokens(choice(), names, 3)
+    for silent in (None, {"top_logprobs": []}, {"top_logprobs": [None]}, {"top_logprobs": [{"nonesuch": -1.0}]}):
+        with pytest.raises(NoAnswer, match="tells no log-probabilities"):
+            asking._told(choice(logprobs=silent), names)
+
+
+def test_a_stack_that_refuses_is_quoted_without_secrets(tiny: World) -> None:
+    nobody = Endpoint("http://127.0.0.1:9", "m")
+    with pytest.raises(NoAnswer, match="Cannot connect"):
+        asking.ask(nobody, tiny.questions, SETTINGS, Names(tiny.weights.path))
+    secret = Endpoint("http://x", "m", {"Authorization": "Bearer s3cret"}, {"extra": 1}, ("logprobs",))
+    with pytest.raises(NoAnswer, match=r"HTTP 401: bad key \*\*\*"):
+        asking._choice(401, b"bad key s3cret", secret)
+    body = asking._body(secret, (1, 2), 1, 5)
+    assert body["extra"] == 1
+    assert "logprobs" not in body
+    json.dumps(body)
+
+
+@pytest.mark.parametrize(("key", "value"), [("prefixes", 0), ("logprobs", 21), ("device", "tpu"), ("mean_limit", "a")])
+def test_settings_are_checked(key: str, value: object) -> None:
+    with pytest.raises(UsageError, match=f"verify.{key}="):
+        parse(SHORT | {key: value})
