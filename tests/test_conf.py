@@ -59,7 +59,7 @@ def test_every_experiment_plans(compose, models, experiment):
     for overrides in first_and_last(params):
         cfg = compose(f"experiment={experiment}", models, "engines=nowhere", *overrides)
         if "engines" in cfg.backend:
-            with pytest.raises(UsageError, match=r"no environment nowhere/.*stackrace engine install"):
+            with pytest.raises(UsageError, match=r"nowhere/.* is not installed: stackrace engine install"):
                 plan(cfg)
             continue
         point = plan(cfg)

@@ -118,7 +118,7 @@ def test_the_small_llamas_match_tiny_in_cache_and_work(name: str) -> None:
 
 
 def test_inspect_tells_what_each_kind_of_attention_caches(tmp_path: Path) -> None:
-    told = models.inspect(make(tmp_path, {"head_dim": 48, "num_key_value_heads": 2}, "tiny_gqa"))
+    told = models.inspect(make(tmp_path, {"head_dim": 48, "num_key_value_heads": 2}, "tiny_gqa"), False, "cpu")
     assert told.endswith("KV cache as gqa: 192 values a token and layer, 1,152 bytes a token in bf16")
 
 

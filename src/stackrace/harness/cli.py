@@ -1,4 +1,4 @@
-"""The command: bench, serve, verify, calibrate, report, model, doctor. What is heavy is imported where it is used."""
+"""The command: bench, serve, verify, calibrate, report, engine, model, doctor; what is heavy is imported where used."""
 
 import sys
 from pathlib import Path
@@ -17,6 +17,8 @@ app = typer.Typer(
 )
 model_app = typer.Typer(help="Make or inspect a checkpoint.", no_args_is_help=True)
 app.add_typer(model_app, name="model")
+engine_app = typer.Typer(help="Install vLLM or SGLang, each in an environment of its own.", no_args_is_help=True)
+app.add_typer(engine_app, name="engine")
 
 _PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True}
 
@@ -85,19 +87,50 @@ def model_make(
     seed: Annotated[int, typer.Option(help="Of the weights: the same seed gives the same bits anywhere.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Folder; default: models/<name>-seed<seed>.")] = None,
     device: Annotated[str, typer.Option(help="Where the weights are computed: cpu or cuda.")] = "cpu",
+    experts: Annotated[
+        bool | None,
+        typer.Option("--experts/--no-experts", help="Say how evenly they are hit; default: if that is quick."),
+    ] = None,
 ) -> None:
     """Write config.json, the tokenizer and a seeded checkpoint."""
     from stackrace.harness.models import make
 
-    typer.echo(make(name, seed, out, device))
+    typer.echo(make(name, seed, out, device, experts))
 
 
 @model_app.command("inspect")
-def model_inspect(path: Annotated[Path, typer.Argument(help="A folder with config.json and safetensors.")]) -> None:
+def model_inspect(
+    path: Annotated[Path, typer.Argument(help="A folder with config.json and safetensors.")],
+    experts: Annotated[bool, typer.Option("--experts", help="Run it, and say how evenly its experts are hit.")] = False,
+    device: Annotated[str, typer.Option(help="Where --experts runs it: cpu or cuda.")] = "cpu",
+) -> None:
     """Check a checkpoint and say what it holds."""
     from stackrace.harness.models import inspect
 
-    typer.echo(inspect(path))
+    typer.echo(inspect(path, experts, device))
+
+
+@engine_app.command("install")
+def engine_install(
+    name: Annotated[str, typer.Argument(help="vllm, sglang, vllm-cpu or sglang-cpu.")],
+    into: Annotated[Path | None, typer.Option(help="Folder; default: engines/<name>.")] = None,
+    python: Annotated[str | None, typer.Option(help="Python to make it with; default: any that fits.")] = None,
+) -> None:
+    """Make an engine's environment from its pinned list. Stopped or killed, it goes on when given again."""
+    from stackrace.harness.engines import install
+
+    install(name, into, python)
+
+
+@engine_app.command("bundle")
+def engine_bundle(
+    name: Annotated[str, typer.Argument(help="vllm, sglang or stackrace (what stackrace itself imports).")],
+    out: Annotated[Path, typer.Argument(help="Folder for the parts and unpack.sh.")],
+) -> None:
+    """Pack what a GPU machine without a network is missing, in parts of 56 MiB."""
+    from stackrace.harness.engines import bundle
+
+    bundle(name, out)
 
 
 def main() -> None:

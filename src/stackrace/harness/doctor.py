@@ -11,6 +11,8 @@ import psutil
 from rich.console import Console
 from rich.table import Column, Table
 
+from stackrace.backends import environments, fitness
+from stackrace.backends.environments import ENGINES
 from stackrace.harness import host
 from stackrace.harness.calibrate import calibration
 
@@ -75,14 +77,16 @@ def _cores() -> Finding:
     )
 
 
-def _engine(name: str, command: str) -> Finding:
-    path = shutil.which(command)
-    return Finding(
-        name,
-        path is not None,
-        path or f"no command {command}",
-        f"race one that runs already, here or elsewhere: {_ATTACH}",
-    )
+def _engine(title: str, name: str) -> Finding:
+    """An environment of `stackrace engine install`, for a GPU or a CPU, or else a command of the user's own."""
+    folders = {each: ENGINES / each for each in (name, f"{name}-cpu")}
+    found = [str(folder) for each, folder in folders.items() if environments.is_ready(each, folder)]
+    begun = [f"{folder} is unfinished or of an older list" for folder in folders.values() if folder.exists()]
+    path = shutil.which(name)
+    words = ", ".join(found) or path or ", ".join(begun) or f"none in {ENGINES}/"
+    fits = f"{name}-cpu" if fitness.lacks_driver() else name
+    remedy = f"stackrace engine install {fits}, or race one that runs already, here or elsewhere: {_ATTACH}"
+    return Finding(title, bool(found or path), words, remedy)
 
 
 def _gpu() -> Finding:

@@ -5,6 +5,7 @@ StackraceError
 ├── EngineError         an engine did not start, or stopped
 │   ├── EngineDied      it exited; carries the tail of its log
 │   └── EngineTimeout   it runs, but gave no token in time
+├── InstallFailed       pip could not fill an engine's environment or bundle; carries the tail of its log
 ├── LoadGeneratorDied   our own client's process ended before the race was over
 ├── TelemetryError      a source of telemetry could not be read: run.json says so, the race goes on
 ├── ProtocolError       a server answered something that is not the dialect we speak
@@ -33,6 +34,10 @@ class EngineDied(EngineError):
 
 class EngineTimeout(EngineError):
     """The engine runs but did not answer in time."""
+
+
+class InstallFailed(StackraceError):
+    """pip could not fill an engine's environment or bundle; the message ends with its last lines."""
 
 
 class LoadGeneratorDied(StackraceError):

@@ -14,7 +14,7 @@ from stackrace.backends.mla.attention import KINDS, Batch
 from stackrace.backends.mla.cache import LayerCache
 from stackrace.backends.mla.config import Mixture, ModelConfig, Rope
 from stackrace.backends.mla.projection import Projection, parameter
-from stackrace.kernels.moe.naive import experts, route, silu_and_mul
+from stackrace.kernels.moe.naive import Routing, experts, route, silu_and_mul
 from stackrace.kernels.rms_norm.naive import rms_norm
 from stackrace.kernels.rotary.naive import frequencies, llama3_frequencies, rotation_table, yarn_frequencies
 
@@ -74,13 +74,16 @@ class Experts(nn.Module):
             places |= {f"experts.{expert}.{name}.weight": part for name, part in parts.items()}
         return places
 
-    def forward(self, x_TD: Tensor) -> Tensor:
-        """[T, D] from [T, D]; the router works in float32 at least, as in every implementation."""
+    def route(self, x_TD: Tensor) -> Routing:
+        """Which experts each token goes to; in float32 at least, as in every implementation."""
         how, wide = self.mixture, torch.promote_types(x_TD.dtype, torch.float32)
         logit_TE = linear(x_TD.to(wide), self.gate.to(wide))
         groups = how.num_groups, how.num_chosen_groups
-        routing = route(logit_TE, self.correction, how.num_chosen, *groups, how.renormalise, how.scale)
-        routed_TD: Tensor = experts(x_TD, self.gate_up_proj, self.down_proj, routing)
+        return route(logit_TE, self.correction, how.num_chosen, *groups, how.renormalise, how.scale)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """[T, D] from [T, D]."""
+        routed_TD: Tensor = experts(x_TD, self.gate_up_proj, self.down_proj, self.route(x_TD))
         return routed_TD + cast(Tensor, self.shared(x_TD))
 
 
