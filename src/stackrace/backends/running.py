@@ -3,6 +3,7 @@
 import http.client
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -11,6 +12,9 @@ import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from urllib.parse import urlsplit
+
+import psutil
 
 from stackrace.harness.errors import EngineDied, EngineError, EngineTimeout
 from stackrace.harness.types import Endpoint
@@ -68,12 +72,15 @@ class Engine:
         """Raise EngineDied, with the tail of the log, if it has exited."""
         code = self._guardian.poll()
         if code is not None:
-            raise EngineDied(f"{self.name} exited with {code}; its last lines:\n{self.log_tail()}")
+            raise EngineDied(f"{self.name} {ending(code)}; its last lines:\n{self.log_tail()}")
 
     def wait_for_token(self, timeout: float) -> None:
-        """Return when it has generated a token. Raises EngineDied, or EngineTimeout after `timeout` seconds."""
+        """Return when it has generated a token. Raises EngineDied, or EngineTimeout after `timeout` seconds.
+
+        Whoever else listens at its port, having been there first, is not asked.
+        """
         deadline = time.monotonic() + timeout
-        while not has_token(self.endpoint, deadline - time.monotonic()):
+        while not (self.listens() and has_token(self.endpoint, deadline - time.monotonic())):
             self.check_alive()
             if time.monotonic() > deadline:
                 tail = self.log_tail()
@@ -82,6 +89,19 @@ class Engine:
                     + (f"; its last lines:\n{tail}" if tail else f": is there a server at {self.endpoint.url}?")
                 )
             time.sleep(_POLL)
+
+    def listens(self) -> bool:
+        """Whether a process of it listens at its port; True where the system does not tell."""
+        port = urlsplit(self.endpoint.url).port
+        try:
+            family = psutil.Process(self._guardian.pid).children(recursive=True)
+        except psutil.Error:
+            return True
+        return any(_listens(process, port) for process in family)
+
+    def fault(self, timeout: float) -> str | None:
+        """What shows that it is broken, though it has not exited; None if nothing does. Asks it for a token."""
+        return fault_of(self.endpoint, timeout)
 
     def log_tail(self) -> str:
         """The last lines that it has printed since it was launched."""
@@ -114,6 +134,10 @@ class Attached(Engine):
     def check_alive(self) -> None:
         """Nothing of ours to look at."""
 
+    def listens(self) -> bool:
+        """Somebody will."""
+        return True
+
     def stop(self) -> None:
         """Not ours to stop."""
 
@@ -123,14 +147,8 @@ def has_token(endpoint: Endpoint, timeout: float) -> bool:
 
     Raises EngineError if it answers that it never will (a 4xx other than 408 and 429).
     """
-    body = {"model": endpoint.model, "prompt": [4, 5], "max_tokens": 1, "temperature": 0, **endpoint.extra_body}
-    content = json.dumps({k: v for k, v in body.items() if k not in endpoint.omit}).encode()
-    headers = {"Content-Type": "application/json", **endpoint.headers}
-    request = urllib.request.Request(f"{endpoint.url.rstrip('/')}/v1/completions", content, headers)
-    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # the load generator knows no proxy either
     try:
-        with direct.open(request, timeout=max(timeout, _POLL)) as response:
-            return _brought_token(json.load(response))
+        return _brought_token(_complete(endpoint, timeout))
     except urllib.error.HTTPError as e:
         if 400 <= e.code < 500 and e.code not in (408, 429):
             said = endpoint.scrub(e.read().decode(errors="replace")[:300])
@@ -138,6 +156,54 @@ def has_token(endpoint: Endpoint, timeout: float) -> bool:
         return False
     except (OSError, ValueError, http.client.HTTPException):
         return False
+
+
+def fault_of(endpoint: Endpoint, timeout: float) -> str | None:
+    """What a short prompt meets with that no working engine answers, however busy; None otherwise.
+
+    That is a 5xx other than 503, or a connection that is refused or breaks. To be late is no fault.
+    """
+    try:
+        _complete(endpoint, timeout)
+    except urllib.error.HTTPError as e:
+        said = endpoint.scrub(e.read().decode(errors="replace")[:300])
+        return f"HTTP {e.code}: {said}" if e.code >= 500 and e.code != 503 else None
+    except (OSError, http.client.HTTPException) as e:
+        cause = e.reason if isinstance(e, urllib.error.URLError) else e
+        return None if isinstance(cause, TimeoutError) else f"{type(cause).__name__}: {cause}"
+    except ValueError:
+        return None
+    return None
+
+
+def _complete(endpoint: Endpoint, timeout: float) -> object:
+    """What a short prompt is answered with, unstreamed."""
+    body = {"model": endpoint.model, "prompt": [4, 5], "max_tokens": 1, "temperature": 0, **endpoint.extra_body}
+    content = json.dumps({k: v for k, v in body.items() if k not in endpoint.omit}).encode()
+    headers = {"Content-Type": "application/json", **endpoint.headers}
+    request = urllib.request.Request(f"{endpoint.url.rstrip('/')}/v1/completions", content, headers)
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # the load generator knows no proxy either
+    with direct.open(request, timeout=max(timeout, _POLL)) as response:
+        answer: object = json.load(response)
+        return answer
+
+
+def ending(code: int) -> str:
+    """How a process ended, by its exit code: beyond 128 stands a signal, as a shell tells it."""
+    try:
+        name = signal.Signals(code - 128).name
+    except ValueError:
+        return f"exited with {code}"
+    return f"was killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
+
+
+def _listens(process: psutil.Process, port: int | None) -> bool:
+    try:
+        return any(c.status == psutil.CONN_LISTEN and c.laddr.port == port for c in process.net_connections("tcp"))
+    except psutil.NoSuchProcess:
+        return False
+    except psutil.Error:
+        return True
 
 
 def _brought_token(answer: object) -> bool:
