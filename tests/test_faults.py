@@ -110,7 +110,7 @@ def test_a_full_disk_is_said_and_leaves_nothing_running(tmp_path, processes_of, 
     assert "File too large" in done.stderr
     assert "Traceback" not in done.stderr
     if kept is None:
-        assert [f for f in (tmp_path / "results" / "s").glob("*/run.json")] == []
+        assert list((tmp_path / "results" / "s").glob("*/run.json")) == []
     else:
         (run,) = runs(tmp_path, "s")
         assert run.status in ("failed", "killed")

@@ -7,6 +7,7 @@ import random
 import signal
 import socket
 
+import psutil
 import pytest
 from command import FAST, LENIENT, QUICK, runs, start, statuses, wait_for
 from rich.console import Console
@@ -56,7 +57,9 @@ def test_a_finished_point_is_skipped_and_a_changed_flag_runs_again(stackrace, tm
     assert len(runs(tmp_path)) == 2
 
 
-LONG = ["-m", "backend=mock", *QUICK, "stop.requests=30", "sweep=s", "arrival.rate=60,10"]  # half a second, then 3 s
+# two stacks: 0.5 s, then 2 s
+LONG = ["-m", "backend=mock", *QUICK, "arrival=immediate", "concurrency=1", "stop.requests=20", "sweep=s"]
+LONG += ["backend.gap=0.002,0.013"]
 
 
 def journal_of_second(tmp_path):
@@ -73,9 +76,15 @@ def test_sigkill_loses_only_what_was_in_flight_and_leaves_no_orphan(stackrace, t
     process = start(tmp_path, *LONG)
     wait_for(lambda: journal_of_second(tmp_path) >= 5)
     assert len(processes_of.now()) >= 3  # the harness, the guardian with its engine, the worker's working directory
+    engines = [p for p in psutil.Process(process.pid).children(recursive=True) if "--ttft" in p.cmdline()]
+    ports = [int(p.cmdline()[p.cmdline().index("--port") + 1]) for p in engines]
+    assert ports
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
     assert processes_of() == []
+    for port in ports:
+        with socket.create_server(("127.0.0.1", port)):
+            pass
 
     assert statuses(tmp_path, "s") == ["killed", "ok"]
     killed = next(r for r in runs(tmp_path, "s") if r.status == "killed")
