@@ -25,10 +25,13 @@ def test_stacks_that_cannot_start_cost_the_others_nothing(stackrace, tmp_path, p
     """Also: a new stack is one file and one yaml, wherever they lie."""
     where, env = make_stack(tmp_path, EXITS, "exits")
     make_stack(tmp_path, KILLED, "killed")
+    for name, setting in (("refuses", "error_share: 1.0"), ("late", "startup_timeout: 0.0001")):
+        text = f"defaults: [mock, _self_]\nname: {name}\n{setting}\n"
+        (tmp_path / "more" / "backend" / f"{name}.yaml").write_text(text)
     point = ["stop.requests=10", *ONE_ROUND, "lengths.output.tokens=8", "sweep=s", "arrival.rate=40,80"]
-    done = stackrace("bench", *where, "-m", "backend=exits,killed,mock", *point, env=env)
+    done = stackrace("bench", *where, "-m", "backend=exits,killed,refuses,late,mock", *point, env=env)
     assert done.returncode == 1
-    assert "4 of 6 points failed" in done.stdout
+    assert "8 of 10 points failed" in done.stdout
     assert "Traceback" not in done.stderr
     by_stack = {}
     for run in runs(tmp_path, "s"):
@@ -37,6 +40,8 @@ def test_stacks_that_cannot_start_cost_the_others_nothing(stackrace, tmp_path, p
     for name, *words in (
         ("exits", "exits exited with 3", "CUDA out of memory"),
         ("killed", "killed was killed by SIGKILL (out of memory?)", "loading weights"),
+        ("refuses", "every request of the warm-up failed, the first with: HTTP 500: planted by the mock"),
+        ("late", "gave no token within backend.startup_timeout=0.0001 s"),
     ):
         assert [r.status for r in by_stack[name]] == ["failed", "failed"]
         assert all(w in run.meta["error"] for run in by_stack[name] for w in words)
@@ -68,22 +73,6 @@ def test_whoever_took_the_port_in_the_meantime_is_not_raced(stackrace, tmp_path,
     (run,) = runs(tmp_path)
     assert "Address already in use" in run.meta["error"]
     assert len(run.records) == 0
-    assert processes_of() == []
-
-
-def test_a_server_that_refuses_everything_fails_the_point_with_its_words(stackrace, tmp_path, processes_of):
-    done = stackrace("bench", *FAST, "backend.error_share=1")
-    assert done.returncode == 1
-    (run,) = runs(tmp_path)
-    assert "every request of the warm-up failed, the first with: HTTP 500: planted by the mock" in run.meta["error"]
-    assert processes_of() == []
-
-
-def test_an_engine_that_never_gives_a_token_times_out(stackrace, tmp_path, processes_of):
-    done = stackrace("bench", *FAST, "backend.startup_timeout=0.0001")
-    assert done.returncode == 1
-    (run,) = runs(tmp_path)
-    assert "gave no token within backend.startup_timeout=0.0001 s" in run.meta["error"]
     assert processes_of() == []
 
 

@@ -25,8 +25,9 @@ def free_port():
     raise AssertionError("none of a hundred ports is free")
 
 
-def test_a_sweep_leaves_records_a_table_and_no_process(stackrace, tmp_path, processes_of):
-    done = stackrace("bench", "-m", *FAST, *LENIENT, "arrival.rate=40,80", "sweep=s")
+def test_a_sweep_leaves_records_and_a_table_and_runs_again_only_what_changed(stackrace, tmp_path, processes_of):
+    sweep = ["-m", *FAST, *LENIENT, "arrival.rate=40,80", "sweep=s"]
+    done = stackrace("bench", *sweep)
     assert done.returncode == 0, done.stderr
     assert "[2/2] mock · 80 req/s" in done.stderr
     assert "dashboard: stackrace report results/s" in done.stdout
@@ -45,16 +46,15 @@ def test_a_sweep_leaves_records_a_table_and_no_process(stackrace, tmp_path, proc
     assert len({r.meta["backend"]["command"][4] for r in found}) == 1  # one launch, and so one port, for both
     assert processes_of() == []
 
-
-def test_a_finished_point_is_skipped_and_a_changed_flag_runs_again(stackrace, tmp_path):
-    assert stackrace("bench", *FAST).returncode == 0
-    (first,) = runs(tmp_path)
-    again = stackrace("bench", *FAST)
+    again = stackrace("bench", *sweep)
     assert again.returncode == 0
-    assert "1 of 1 points are finished already" in again.stderr
-    assert runs(tmp_path)[0].meta["started_at"] == first.meta["started_at"]
-    assert stackrace("bench", *FAST, "backend.ttft=0.02").returncode == 0
-    assert len(runs(tmp_path)) == 2
+    assert "2 of 2 points are finished already" in again.stderr
+    changed = stackrace("bench", *sweep, "backend.ttft=0.01,0.02", "arrival.rate=80")
+    assert changed.returncode == 0
+    assert "1 of 2 points are finished already" in changed.stderr
+    began = {r.meta["key"]: r.meta["started_at"] for r in runs(tmp_path, "s")}
+    assert len(began) == 3
+    assert began.items() >= {(r.meta["key"], r.meta["started_at"]) for r in found}
 
 
 # two stacks: 0.5 s, then 2 s
