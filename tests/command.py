@@ -1,10 +1,14 @@
 """What the tests of the command share: quick points over the mock, and what they left on disk."""
 
+import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 from stackrace.harness import store
+
+SOURCES = Path(__file__).parents[1] / "src"
 
 ONE_ROUND = ["warmup.requests=1", "warmup.tolerance=null"]
 
@@ -27,10 +31,11 @@ def statuses(tmp_path, sweep="adhoc"):
     return sorted(r.status for r in runs(tmp_path, sweep))
 
 
-def start(tmp_path, *args, command="bench"):
+def start(tmp_path, *args, command="bench", env=None):
     return subprocess.Popen(
         [sys.executable, "-m", "stackrace", command, *args],
         cwd=tmp_path,
+        env=env,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -43,3 +48,37 @@ def wait_for(condition, patience=40.0):
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.02)
+
+
+STACK = """
+import sys
+from dataclasses import dataclass
+from stackrace.backends.base import Backend
+
+CODE = {code!r}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stack(Backend):
+    def command(self, at):
+        {before}
+        return [sys.executable, "-c", CODE, str(at.port)]
+
+    def version(self):
+        return "1"
+"""
+
+
+def make_stack(tmp_path, code, name="broken", before="pass"):
+    """A stack that runs `code`, its port in sys.argv[1]; `before` is run as it is about to be launched.
+
+    Returns the arguments and the environment that make `backend=<name>` known.
+    """
+    folder = tmp_path / "more" / "backend"
+    folder.mkdir(parents=True, exist_ok=True)
+    (tmp_path / f"{name}_stack.py").write_text(STACK.format(code=code, before=before))
+    (folder / f"{name}.yaml").write_text(
+        f"defaults: [_stack, _self_]\n_target_: {name}_stack.Stack\n"
+        f"name: {name}\ncheckpoint: null\nmax_model_len: null\nstop_grace: 0.5\n"
+    )
+    return ["--config-dir", str(tmp_path / "more")], {**os.environ, "PYTHONPATH": f"{tmp_path}:{SOURCES}"}

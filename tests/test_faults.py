@@ -1,109 +1,109 @@
 """What goes wrong in a sweep is said, costs nothing else, and leaves nothing behind."""
 
 import contextlib
-import os
 import socket
 import subprocess
 import sys
 from threading import Thread
 
 import pytest
-from command import FAST, QUICK, runs, start, wait_for
+from command import FAST, ONE_ROUND, make_stack, runs
+
+EXITS = """
+import sys
+print("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 31.00 GiB")
+sys.exit(3)
+"""
+KILLED = """
+import os, signal
+print("loading weights", flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
 
 
-@pytest.fixture
-def broken(tmp_path):
-    """A config folder with a stack that prints its last words and exits."""
-    folder = tmp_path / "more" / "backend"
-    folder.mkdir(parents=True)
-    module = tmp_path / "broken_stack.py"
-    module.write_text(
-        "import sys\nfrom dataclasses import dataclass\nfrom stackrace.backends.base import Backend\n"
-        "@dataclass(frozen=True, kw_only=True)\nclass Broken(Backend):\n"
-        "    def command(self, at):\n"
-        "        code = 'import sys; print(\"out of luck: no such device\"); sys.exit(3)'\n"
-        "        return [sys.executable, '-c', code]\n"
-        "    def version(self):\n        return '1'\n"
-    )
-    (folder / "broken.yaml").write_text(
-        "defaults: [_stack, _self_]\n_target_: broken_stack.Broken\n"
-        "name: broken\ncheckpoint: null\nmax_model_len: null\n"
-    )
-    return ["--config-dir", str(tmp_path / "more")], {**os.environ, "PYTHONPATH": str(tmp_path)}
-
-
-def test_a_stack_that_cannot_start_costs_the_others_nothing(stackrace, tmp_path, broken, processes_of):
+def test_stacks_that_cannot_start_cost_the_others_nothing(stackrace, tmp_path, processes_of):
     """Also: a new stack is one file and one yaml, wherever they lie."""
-    where, env = broken
-    point = ["stop.requests=10", "warmup.requests=1", "lengths.output.tokens=8", "sweep=s", "arrival.rate=40,80"]
-    done = stackrace("bench", *where, "-m", "backend=broken,mock", *point, env=env)
+    where, env = make_stack(tmp_path, EXITS, "exits")
+    make_stack(tmp_path, KILLED, "killed")
+    for name, setting in (("refuses", "error_share: 1.0"), ("late", "startup_timeout: 0.0001")):
+        text = f"defaults: [mock, _self_]\nname: {name}\n{setting}\n"
+        (tmp_path / "more" / "backend" / f"{name}.yaml").write_text(text)
+    point = ["stop.requests=10", *ONE_ROUND, "lengths.output.tokens=8", "sweep=s", "arrival.rate=40,80"]
+    done = stackrace("bench", *where, "-m", "backend=exits,killed,refuses,late,mock", *point, env=env)
     assert done.returncode == 1
-    assert "2 of 4 points failed" in done.stdout
+    assert "8 of 10 points failed" in done.stdout
     assert "Traceback" not in done.stderr
     by_stack = {}
     for run in runs(tmp_path, "s"):
         by_stack.setdefault(run.meta["point"]["stack"], []).append(run)
     assert [r.status for r in by_stack["mock"]] == ["ok", "ok"]
-    assert [r.status for r in by_stack["broken"]] == ["failed", "failed"]
-    for run in by_stack["broken"]:
-        assert "exited with 3" in run.meta["error"]
-        assert "out of luck: no such device" in run.meta["error"]
+    for name, *words in (
+        ("exits", "exits exited with 3", "CUDA out of memory"),
+        ("killed", "killed was killed by SIGKILL (out of memory?)", "loading weights"),
+        ("refuses", "every request of the warm-up failed, the first with: HTTP 500: planted by the mock"),
+        ("late", "gave no token within backend.startup_timeout=0.0001 s"),
+    ):
+        assert [r.status for r in by_stack[name]] == ["failed", "failed"]
+        assert all(w in run.meta["error"] for run in by_stack[name] for w in words)
     assert processes_of() == []
 
 
-def test_an_engine_that_dies_in_mid_point_fails_the_point_and_keeps_its_records(tmp_path, stackrace, processes_of):
-    process = start(tmp_path, "backend=mock", *QUICK, "stop.requests=40", "arrival.rate=10", "sweep=s")
-    journal = tmp_path / "results" / "s"
-    wait_for(lambda: any(len(j.read_bytes().splitlines()) > 5 for j in journal.glob("*/journal.jsonl")))
-    (engine,) = [
-        p for p in processes_of.now() if "stackrace.backends.mock" in p.cmdline() and "--port" in p.cmdline()[3]
-    ]
-    engine.kill()
-    out, notes = process.communicate(timeout=30)
-    assert process.returncode == 1, notes
-    (run,) = runs(tmp_path, "s")
-    assert run.status == "failed"
-    assert "mock exited with" in run.meta["error"]
-    assert len(run.records) > 5
-    assert "1 of 1 points failed" in out
-    assert processes_of() == []
+TAKEN = """
+import http.server, threading
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_POST(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b'{"choices": [{"index": 0, "text": "not me"}]}')
+server = http.server.HTTPServer(("127.0.0.1", at.port), Handler)
+threading.Thread(target=server.serve_forever, daemon=True).start()
+"""
+BINDS = """
+import socket, sys, time
+with socket.create_server(("127.0.0.1", int(sys.argv[1]))):
+    time.sleep(60)
+"""
 
 
-def test_a_server_that_refuses_everything_fails_the_point_with_its_words(stackrace, tmp_path, processes_of):
-    done = stackrace("bench", *FAST, "backend.error_share=1")
+def test_whoever_took_the_port_in_the_meantime_is_not_raced(stackrace, tmp_path, processes_of):
+    """It answers well, and is no engine of ours."""
+    where, env = make_stack(tmp_path, BINDS, before=f"exec({TAKEN!r})")
+    done = stackrace("bench", *where, "backend=broken", *ONE_ROUND, "stop.requests=3", env=env)
     assert done.returncode == 1
     (run,) = runs(tmp_path)
-    assert "every request of the warm-up failed, the first with: HTTP 500: planted by the mock" in run.meta["error"]
+    assert "Address already in use" in run.meta["error"]
+    assert len(run.records) == 0
     assert processes_of() == []
 
 
-def test_an_engine_that_never_gives_a_token_times_out(stackrace, tmp_path, processes_of):
-    done = stackrace("bench", *FAST, "backend.startup_timeout=0.0001")
-    assert done.returncode == 1
-    (run,) = runs(tmp_path)
-    assert "gave no token within backend.startup_timeout=0.0001 s" in run.meta["error"]
-    assert processes_of() == []
-
-
-def test_a_full_disk_is_said_and_leaves_nothing_running(tmp_path, processes_of):
+@pytest.mark.parametrize(("limit", "kept"), [(24_000, 5), (2_000, None)], ids=["in the journal", "at once"])
+def test_a_full_disk_is_said_and_leaves_nothing_running(tmp_path, processes_of, limit, kept):
     """A file-size limit stands in for the disk: the kernel refuses to write more, as it does when the disk is full."""
     limited = (
         "import resource, signal, sys\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (24_000, 24_000))\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, ({0}, {0}))\n"
         "sys.argv = ['stackrace', *sys.argv[1:]]\n"
         "from stackrace.harness.cli import main\nmain()\n"
     )
     args = ["bench", *FAST, "stop.requests=400", "arrival.rate=400", "lengths.input.tokens=4", "sweep=s"]
     done = subprocess.run(
-        [sys.executable, "-c", limited, *args], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", limited.format(limit), *args],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
     assert done.returncode == 1, done.stderr
     assert "File too large" in done.stderr
     assert "Traceback" not in done.stderr
-    (run,) = runs(tmp_path, "s")
-    assert run.status in ("failed", "killed")
-    assert len(run.records) > 5
+    if kept is None:
+        assert list((tmp_path / "results" / "s").glob("*/run.json")) == []
+    else:
+        (run,) = runs(tmp_path, "s")
+        assert run.status in ("failed", "killed")
+        assert len(run.records) > kept
     assert processes_of() == []
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from stackrace.backends.running import Placement, refused
+from stackrace.backends.asking import refused
+from stackrace.backends.running import Placement
 from stackrace.harness.errors import UsageError
 from stackrace.harness.point import plan
 from stackrace.harness.types import Endpoint

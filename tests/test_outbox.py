@@ -113,8 +113,9 @@ def test_other_messages_go_at_once_and_at_the_end_everything(out):
     pipe, _, journal, outbox = out
     read(journal, range(3000))
     outbox.tell(capture(2999))
-    outbox.tell(Tick(0, 1))
-    assert pipe.messages() == [Tick(0, 1)]
+    tick = Tick(0, 1, 2, 3, None)
+    outbox.tell(tick)
+    assert pipe.messages() == [tick]
     outbox.drain()
     parcels = pipe.messages()[1:]
     assert [n for p in parcels for n in p.reads.positions] == list(range(3000))

@@ -7,6 +7,7 @@ import random
 import signal
 import socket
 
+import psutil
 import pytest
 from command import FAST, LENIENT, QUICK, runs, start, statuses, wait_for
 from rich.console import Console
@@ -24,8 +25,9 @@ def free_port():
     raise AssertionError("none of a hundred ports is free")
 
 
-def test_a_sweep_leaves_records_a_table_and_no_process(stackrace, tmp_path, processes_of):
-    done = stackrace("bench", "-m", *FAST, *LENIENT, "arrival.rate=40,80", "sweep=s")
+def test_a_sweep_leaves_records_and_a_table_and_runs_again_only_what_changed(stackrace, tmp_path, processes_of):
+    sweep = ["-m", *FAST, *LENIENT, "arrival.rate=40,80", "sweep=s"]
+    done = stackrace("bench", *sweep)
     assert done.returncode == 0, done.stderr
     assert "[2/2] mock · 80 req/s" in done.stderr
     assert "dashboard: stackrace report results/s" in done.stdout
@@ -44,19 +46,20 @@ def test_a_sweep_leaves_records_a_table_and_no_process(stackrace, tmp_path, proc
     assert len({r.meta["backend"]["command"][4] for r in found}) == 1  # one launch, and so one port, for both
     assert processes_of() == []
 
-
-def test_a_finished_point_is_skipped_and_a_changed_flag_runs_again(stackrace, tmp_path):
-    assert stackrace("bench", *FAST).returncode == 0
-    (first,) = runs(tmp_path)
-    again = stackrace("bench", *FAST)
+    again = stackrace("bench", *sweep)
     assert again.returncode == 0
-    assert "1 of 1 points are finished already" in again.stderr
-    assert runs(tmp_path)[0].meta["started_at"] == first.meta["started_at"]
-    assert stackrace("bench", *FAST, "backend.ttft=0.02").returncode == 0
-    assert len(runs(tmp_path)) == 2
+    assert "2 of 2 points are finished already" in again.stderr
+    changed = stackrace("bench", *sweep, "backend.ttft=0.01,0.02", "arrival.rate=80")
+    assert changed.returncode == 0
+    assert "1 of 2 points are finished already" in changed.stderr
+    began = {r.meta["key"]: r.meta["started_at"] for r in runs(tmp_path, "s")}
+    assert len(began) == 3
+    assert began.items() >= {(r.meta["key"], r.meta["started_at"]) for r in found}
 
 
-LONG = ["-m", "backend=mock", *QUICK, "stop.requests=30", "sweep=s", "arrival.rate=60,10"]  # half a second, then 3 s
+# two stacks: 0.5 s, then 2 s
+LONG = ["-m", "backend=mock", *QUICK, "arrival=immediate", "concurrency=1", "stop.requests=20", "sweep=s"]
+LONG += ["backend.gap=0.002,0.013"]
 
 
 def journal_of_second(tmp_path):
@@ -73,9 +76,15 @@ def test_sigkill_loses_only_what_was_in_flight_and_leaves_no_orphan(stackrace, t
     process = start(tmp_path, *LONG)
     wait_for(lambda: journal_of_second(tmp_path) >= 5)
     assert len(processes_of.now()) >= 3  # the harness, the guardian with its engine, the worker's working directory
+    engines = [p for p in psutil.Process(process.pid).children(recursive=True) if "--ttft" in p.cmdline()]
+    ports = [int(p.cmdline()[p.cmdline().index("--port") + 1]) for p in engines]
+    assert ports
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
     assert processes_of() == []
+    for port in ports:
+        with socket.create_server(("127.0.0.1", port)):
+            pass
 
     assert statuses(tmp_path, "s") == ["killed", "ok"]
     killed = next(r for r in runs(tmp_path, "s") if r.status == "killed")

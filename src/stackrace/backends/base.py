@@ -62,6 +62,11 @@ class Backend(ABC):
             raise UsageError(f"backend.port={self.port} is in use: stop what listens there, or set backend.port=0")
 
     @property
+    def is_contained(self) -> bool:
+        """Its processes are started by a container's daemon, not by its command."""
+        return False
+
+    @property
     def has_prefix_cache(self) -> bool:
         """It keeps what it computed for one prompt for another that begins alike."""
         return bool(getattr(self, "enable_prefix_caching", False))
@@ -101,7 +106,8 @@ class Backend(ABC):
         self.check_port()
         at = Placement(folder=folder.resolve(), cores=cores, port=self.port or _free_port())
         endpoint = Endpoint(f"http://127.0.0.1:{at.port}", self.model, self.headers(), self.extra_body, self.omit)
-        engine = Engine(self.name, self.command(at), self.environment(), at, self.stop_grace, endpoint)
+        words, variables = self.command(at), self.environment()
+        engine = Engine(self.name, words, variables, at, self.stop_grace, endpoint, self.is_contained)
         try:
             engine.wait_for_token(self.startup_timeout)
         except BaseException:

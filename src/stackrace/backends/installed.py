@@ -114,6 +114,11 @@ class Installed(Backend):
             raise UsageError(f"backend.python={self.python}: neither an interpreter nor a folder with bin/python")
         return [str(Path(found).absolute())]  # not resolved: a virtual environment is known by its link
 
+    @property
+    def is_contained(self) -> bool:
+        """Where python is the words of a command."""
+        return self.python is not None and not isinstance(self.python, str)
+
     def environment(self) -> dict[str, str]:
         """Nothing of our own environment's packages."""
         return {"PYTHONPATH": "", **super().environment()}

@@ -1,17 +1,19 @@
 """A running engine: its process, its log, its first token, its end."""
 
-import http.client
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from urllib.parse import urlsplit
 
+import psutil
+
+from stackrace.backends import asking
 from stackrace.backends import guardian as guardian_of
 from stackrace.harness.errors import EngineDied, EngineError, EngineTimeout
 from stackrace.harness.types import Endpoint
@@ -19,7 +21,6 @@ from stackrace.harness.types import Endpoint
 _POLL = 0.1
 _LOG_LINES = 20
 _LONGEST_RESET = 10  # seconds: what was given up a moment ago may still be running
-_NO_PROXY = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # nor does the load generator know one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,13 +46,17 @@ class Engine:
         at: Placement,
         grace: float,
         endpoint: Endpoint,
+        is_contained: bool = False,
     ) -> None:
-        """Start `command` with `environment` added to ours; `grace` is the time between SIGTERM and SIGKILL (s)."""
+        """Start `command` with `environment` added to ours; `grace` is the time between SIGTERM and SIGKILL (s).
+
+        `is_contained`: the command has its processes started by another one, a container's daemon.
+        """
         at.folder.mkdir(parents=True, exist_ok=True)
         self.name = name
         self.command = command
         self.log = at.folder / "server.log"
-        self._grace = grace
+        self._grace, self._is_contained = grace, is_contained
         self.warm, self.rounds = set(), 0
         guardian = [sys.executable, "-m", "stackrace.backends.guardian"]
         self._log_from = self.log.stat().st_size if self.log.exists() else 0
@@ -71,12 +76,15 @@ class Engine:
         """Raise EngineDied, with the tail of the log, if it has exited."""
         code = self._guardian.poll()
         if code is not None:
-            raise EngineDied(f"{self.name} exited with {code}; its last lines:\n{self.log_tail()}")
+            raise EngineDied(f"{self.name} {ending(code)}; its last lines:\n{self.log_tail()}")
 
     def wait_for_token(self, timeout: float) -> None:
-        """Return when it has generated a token. Raises EngineDied, or EngineTimeout after `timeout` seconds."""
+        """Return when it has generated a token. Raises EngineDied, or EngineTimeout after `timeout` seconds.
+
+        Whoever else listens at its port, having been there first, is not asked.
+        """
         deadline = time.monotonic() + timeout
-        while not has_token(self.endpoint, deadline - time.monotonic()):
+        while not (self.listens() and asking.has_token(self.endpoint, deadline - time.monotonic())):
             self.check_alive()
             if time.monotonic() > deadline:
                 tail = self.log_tail()
@@ -89,11 +97,26 @@ class Engine:
     def empty_cache(self, path: str) -> None:
         """Empty its prefix cache by a POST to `path`. EngineError if it will not, though nothing is in flight."""
         deadline = time.monotonic() + _LONGEST_RESET
-        while (refusal := refused(self.endpoint, path)) is not None:
+        while (refusal := asking.refused(self.endpoint, path)) is not None:
             self.check_alive()
             if time.monotonic() > deadline:
                 raise EngineError(f"{self.name} does not empty its prefix cache: {self.endpoint.scrub(refusal)}")
             time.sleep(_POLL)
+
+    def listens(self) -> bool:
+        """Whether a process of it listens at its port; True where the system does not tell."""
+        if self._is_contained:
+            return True
+        port = urlsplit(self.endpoint.url).port
+        try:
+            family = psutil.Process(self._guardian.pid).children(recursive=True)
+        except psutil.Error:
+            return True
+        return any(_listens(process, port) for process in family)
+
+    def fault(self, timeout: float) -> str | None:
+        """What shows that it is broken, though it has not exited; None if nothing does. Asks it for a token."""
+        return asking.fault_of(self.endpoint, timeout)
 
     def log_tail(self) -> str:
         """The last lines that it has printed since it was launched."""
@@ -126,56 +149,27 @@ class Attached(Engine):
     def check_alive(self) -> None:
         """Nothing of ours to look at."""
 
+    def listens(self) -> bool:
+        """Somebody will."""
+        return True
+
     def stop(self) -> None:
         """Not ours to stop."""
 
 
-def has_token(endpoint: Endpoint, timeout: float) -> bool:
-    """Whether the endpoint answers a short prompt with a token within `timeout` seconds.
-
-    Raises EngineError if it answers that it never will (a 4xx other than 408 and 429).
-    """
-    body = {"model": endpoint.model, "prompt": [4, 5], "max_tokens": 1, "temperature": 0, **endpoint.extra_body}
-    content = json.dumps({k: v for k, v in body.items() if k not in endpoint.omit}).encode()
-    headers = {"Content-Type": "application/json", **endpoint.headers}
-    request = urllib.request.Request(f"{endpoint.url.rstrip('/')}/v1/completions", content, headers)
+def ending(code: int) -> str:
+    """How a process ended, by its exit code: beyond 128 stands a signal, as a shell tells it."""
     try:
-        with _NO_PROXY.open(request, timeout=max(timeout, _POLL)) as response:
-            return _brought_token(json.load(response))
-    except urllib.error.HTTPError as e:
-        if 400 <= e.code < 500 and e.code not in (408, 429):
-            said = endpoint.scrub(e.read().decode(errors="replace")[:300])
-            raise EngineError(f"{endpoint.url} refuses a plain completion: HTTP {e.code}: {said}") from None
-        return False
-    except (OSError, ValueError, http.client.HTTPException):
-        return False
-
-
-def refused(endpoint: Endpoint, path: str) -> str | None:
-    """What an empty POST to `path` was refused with; None if it was done."""
-    request = urllib.request.Request(f"{endpoint.url.rstrip('/')}{path}", b"", dict(endpoint.headers))
-    try:
-        with _NO_PROXY.open(request, timeout=_LONGEST_RESET) as response:
-            said = response.read().decode(errors="replace")
-    except urllib.error.HTTPError as e:
-        return f"POST {path}: HTTP {e.code}: {e.read().decode(errors='replace')[:300]}"
-    except (OSError, http.client.HTTPException) as e:
-        return f"POST {path}: {type(e).__name__}: {e}"
-    return f"POST {path}: {said[:300]}" if _says_false(said) else None
-
-
-def _says_false(said: str) -> bool:
-    """vLLM answers 200 either way, with `success` in JSON; SGLang's text is no JSON."""
-    try:
-        answer = json.loads(said)
+        name = signal.Signals(code - 128).name
     except ValueError:
-        return False
-    return isinstance(answer, dict) and answer.get("success") is False
+        return f"exited with {code}"
+    return f"was killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
 
 
-def _brought_token(answer: object) -> bool:
-    """By its usage, else by its text."""
-    if not isinstance(answer, dict) or not answer.get("choices"):
+def _listens(process: psutil.Process, port: int | None) -> bool:
+    try:
+        return any(c.status == psutil.CONN_LISTEN and c.laddr.port == port for c in process.net_connections("tcp"))
+    except psutil.NoSuchProcess:
         return False
-    tokens = (answer.get("usage") or {}).get("completion_tokens")
-    return bool(answer["choices"][0].get("text") if tokens is None else tokens)
+    except psutil.Error:
+        return True

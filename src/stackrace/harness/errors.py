@@ -3,7 +3,8 @@
 StackraceError
 ├── UsageError          what was asked for cannot be done: one line, exit code 2
 ├── EngineError         an engine did not start, or stopped
-│   ├── EngineDied      it exited; carries the tail of its log
+│   ├── EngineDied      it exited, or answers no more; carries the tail of its log
+│   ├── EngineHangs     it runs, but sends nothing any more
 │   └── EngineTimeout   it runs, but gave no token in time
 ├── InstallFailed       pip could not fill an engine's environment or bundle; carries the tail of its log
 ├── LoadGeneratorDied   our own client's process ended before the race was over
@@ -29,7 +30,11 @@ class EngineError(StackraceError):
 
 
 class EngineDied(EngineError):
-    """The engine's process ended by itself; the message ends with the last lines of its log."""
+    """The engine ended by itself, or what is left of it is broken; the message ends with the last lines of its log."""
+
+
+class EngineHangs(EngineError):
+    """Requests are in flight, and nothing has come for any of them for too long."""
 
 
 class EngineTimeout(EngineError):

@@ -18,6 +18,7 @@ from stackrace.harness.load.health import Health
 from stackrace.harness.load.messages import Cold, Finished, Job, Message, RoundDone, Started, Tick
 from stackrace.harness.point import Point
 from stackrace.harness.provenance import provenance
+from stackrace.harness.pulse import Pulse
 from stackrace.harness.secrets import public, without_secrets
 from stackrace.harness.standing import Standing
 from stackrace.harness.store import RunWriter
@@ -76,7 +77,7 @@ class _Run:
         self._sessions = 0
         self._endpoint: Endpoint | None = None
         self._warmup: WarmUp | None = None
-        self._in_flight: dict[int, int] = {}  # by worker
+        self._pulse: Pulse | None = None
         self._health: list[Health] = []
         self._stamped = 0
         self._sampler: Sampler | None = None
@@ -90,16 +91,24 @@ class _Run:
         schedule.save(self._point.folder / "schedule.parquet")
         self._requests, self._sessions = schedule.requests, len(schedule.sessions)
         engine = self._verified(garage, checks) if self._point.config.get("verify") else self._launch(garage)
+        try:
+            self._race(engine)
+        except EngineError:  # whatever is left of it must not be asked by the next point
+            garage.close()
+            raise
+
+    def _race(self, engine: Engine) -> None:
         self._standing.phase = "warming up"
         self._warmup = WarmUp(self._point, self._requests, engine)
         self._sampler = self._sample(engine)
+        self._pulse = Pulse(engine, self._point.workers, self._point.config["timeouts"]["stall"])
         with LoadGenerator(self._job(engine), self._warmup.next_round) as generator:
             try:
-                self._listen(generator, engine)
+                self._listen(generator)
             except BaseException:
                 self._take_the_rest(generator)
                 raise
-        engine.check_alive()
+        self._pulse.check_at_the_end()
 
     def end(self, status: str, error: str | None = None) -> dict[str, Any]:
         """Write verdict and summary; returns run.json."""
@@ -177,11 +186,13 @@ class _Run:
             parser_cores=point.cores.engine,
         )
 
-    def _listen(self, generator: LoadGenerator, engine: Engine) -> None:
+    def _listen(self, generator: LoadGenerator) -> None:
+        assert self._pulse is not None
         for message in generator.messages(_REFRESH):
             self._hear(message)
             if message is None or isinstance(message, Tick):
-                engine.check_alive()
+                self._pulse.check(message)
+                self._standing.in_flight = self._pulse.in_flight
             self._watch(self._standing)
         if self._sampler is not None:
             self._sampler.stop()
@@ -192,9 +203,6 @@ class _Run:
         standing = self._standing
         if isinstance(message, Finished):
             self._keep(message)
-        elif isinstance(message, Tick):
-            self._in_flight[message.worker] = message.in_flight
-            standing.in_flight = sum(self._in_flight.values())
         elif isinstance(message, Started) and standing.start is None:
             assert self._warmup is not None
             standing.phase, standing.start = "racing", message.start
@@ -223,6 +231,8 @@ class _Run:
         finished.error = finished.error and self._scrubbed(finished.error)
         self._writer.add(table.row(finished, request))
         self._standing.add(finished)
+        if self._pulse is not None:
+            self._pulse.note(finished)
 
     def _take_the_rest(self, generator: LoadGenerator) -> None:
         """After trouble: let the load generator give up and keep what it still has, for as long as that works."""

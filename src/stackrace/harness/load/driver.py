@@ -76,6 +76,7 @@ class Driver:
         self._opening: set[asyncio.Task[None]] = set()
         self._next = 0  # first start that is not due yet
         self._stopped = False
+        self.stalled: int | None = None  # when a request was last given up for silence (ns)
         self._over: asyncio.Future[None] = self._loop.create_future()
 
     @property
@@ -283,6 +284,7 @@ class Driver:
                 continue
             quiet_since = flight.exchange.last_activity or time
             if time - quiet_since > plan.stall_timeout:
+                self.stalled = time
                 flight.exchange.give_up(f"no byte for {plan.stall_timeout / SECOND:g} s (timeouts.stall)")
             elif time - flight.slot > plan.request_timeout:
                 flight.exchange.give_up(f"not done after {plan.request_timeout / SECOND:g} s (timeouts.request)")

@@ -107,6 +107,9 @@ class Tick(NamedTuple):
 
     worker: int
     in_flight: int
+    time: int  # ns of CLOCK_MONOTONIC, as below
+    heard: int  # when a byte last came, or this worker's race began
+    stalled: int | None  # when a request was last given up for silence
 
 
 class Finished(NamedTuple):

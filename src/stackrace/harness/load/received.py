@@ -24,10 +24,11 @@ class Journal:
     What was taken is let go of when it is half of what there is: to move the rest each time would cost more than it.
     """
 
-    __slots__ = ("_taken", "data", "kernel", "positions", "stamps")
+    __slots__ = ("_last", "_taken", "data", "kernel", "positions", "stamps")
 
     def __init__(self) -> None:
         self._taken = 0
+        self._last: int | None = None
         self.positions: list[int] = []
         self.stamps: list[int] = []
         self.kernel: list[bytes] = []
@@ -35,6 +36,11 @@ class Journal:
 
     def __len__(self) -> int:
         return len(self.data) - self._taken
+
+    @property
+    def last(self) -> int | None:
+        """Stamp of the latest entry ever made."""
+        return self.stamps[-1] if self.stamps else self._last
 
     def take(self, most: int) -> Reads:
         """The oldest entries, `most` of them if there are as many; they are gone from here."""
@@ -47,7 +53,7 @@ class Journal:
             array("q", map(len, data)),
             b"".join(data),
         )
-        self._taken = end
+        self._taken, self._last = end, self.last
         if 2 * end >= len(self.data):
             for column in (self.positions, self.stamps, self.kernel, self.data):
                 del column[:end]

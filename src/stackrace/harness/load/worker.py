@@ -128,7 +128,8 @@ class Worker:
     def _keep_ticking(self, driver: Driver, heart: Heart) -> None:
         def tick() -> None:
             self._tell(Offsets(heart.new_offsets()))
-            self._tell(Tick(self._task.worker, driver.in_flight))
+            heard = self._journal.last or self._go.result()
+            self._tell(Tick(self._task.worker, driver.in_flight, now(), heard, driver.stalled))
             self._readiness.is_sparing = heart.recent_cpu_share() > _BUSY
             self._alarms.at(now() + _TICK, tick)
 
