@@ -123,17 +123,34 @@ def ask():
     return make
 
 
+@pytest.fixture(scope="session")
+def lasting_mocks():
+    """Running mocks that nothing can change, by their settings: they serve every test that asks for the same."""
+    mocks = {}
+    yield mocks
+    for garage, _ in mocks.values():
+        garage.close()
+
+
 @pytest.fixture
-def mock_engine(compose, tmp_path):
+def mock_engine(compose, tmp_path, tmp_path_factory, lasting_mocks):
     """`mock_engine("backend.ttft=0.05", ...)` -> a running mock's endpoint, on cores of its own."""
     from stackrace.backends.garage import Garage
     from stackrace.harness.point import build_backend
 
-    garage = Garage()
+    own = Garage()
+
+    def launch(garage, folder, *overrides):
+        backend, cores = build_backend(compose("backend=mock", *overrides))
+        return garage.engine(backend, folder, cores.engine, repeat=0).endpoint
 
     def start(*overrides):
-        backend, cores = build_backend(compose("backend=mock", *overrides))
-        return garage.engine(backend, tmp_path / "engine", cores.engine, repeat=0).endpoint
+        if not all(o.startswith(("backend.ttft=", "backend.gap=")) for o in overrides):
+            return launch(own, tmp_path / "engine", *overrides)
+        if overrides not in lasting_mocks:
+            garage = Garage()
+            lasting_mocks[overrides] = garage, launch(garage, tmp_path_factory.mktemp("mock"), *overrides)
+        return lasting_mocks[overrides][1]
 
     yield start
-    garage.close()
+    own.close()

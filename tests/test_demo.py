@@ -2,7 +2,8 @@
 
 from stackrace.harness import store
 
-SHORT = ["experiment=demo", "arrival.rate=6", "lengths.input.tokens=200", "stop.seconds=2", "warmup.requests=2"]
+SHORT = ["experiment=demo", "arrival.rate=6", "lengths.input.tokens=200", "stop.seconds=2"]
+SHORT += ["warmup.requests=2", "warmup.tolerance=null"]
 
 
 def test_the_demo_in_small(stackrace, tmp_path, processes_of):
