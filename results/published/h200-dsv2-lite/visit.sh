@@ -27,14 +27,17 @@ bench=(python3 -m stackrace bench --config-dir "$HERE/conf" experiment=h200_dsv2
 copy() { [ -d "$WORK/src" ] || { mkdir -p "$WORK/src" && tar -C "$ROOT" -c src results pyproject.toml | tar -xC "$WORK/src"; }; }
 in_background() { # NAME command...: keeps running when this step ends; its output in $WORK/NAME.log
   local name=$1; shift
-  if pid=$(cat "$WORK/$name.pid" 2>/dev/null) && kill -0 "$pid" 2>/dev/null; then echo "$name runs already"; return; fi
-  (cd "$WORK" && setsid nohup "$@" >>"$WORK/$name.log" 2>&1 & echo $! >"$WORK/$name.pid")
+  if is_running "$name"; then echo "$name runs already"; return; fi
+  (cd "$WORK" && exec setsid --fork bash -c 'echo $$ >"$1.pid"; shift; exec "$@"' - "$WORK/$name" "$@" \
+    >>"$WORK/$name.log" 2>&1 </dev/null)
+  sleep 1
 }
+is_running() { local pid; pid=$(cat "$WORK/$1.pid" 2>/dev/null) && kill -0 "$pid" 2>/dev/null; }
 wait_for() { # NAME SECONDS: until it has ended, or for so long
   local end=$((SECONDS + $2))
-  while kill -0 "$(cat "$WORK/$1.pid")" 2>/dev/null && [ $SECONDS -lt $end ]; do sleep 1; done
+  while is_running "$1" && [ $SECONDS -lt $end ]; do sleep 1; done
   tail -n "${LINES_SHOWN:-40}" "$WORK/$1.log" | cut -c1-300
-  if kill -0 "$(cat "$WORK/$1.pid")" 2>/dev/null; then echo "$1: still running"; else echo "$1: ended"; fi
+  if is_running "$1"; then echo "$1: still running"; else echo "$1: ended"; fi
 }
 
 case ${1:-} in
@@ -45,9 +48,9 @@ model)
   [ -d "$MODELS/$name-seed0" ] || in_background model \
     python3 -m stackrace model make "$name" --seed 0 --out "$MODELS/$name-seed0" --device ${DEVICE:-cuda} ;;
 trial)
-  copy; in_background "trial-$2" "${bench[@]}" sweep=trial backend="$2" concurrency=4 repeat=0 stop.rounds=null ;;
+  copy; in_background "trial-$2" "${bench[@]}" sweep=trial backend="$2" concurrency=4 repeat=0 ;;
 race)
-  copy; seconds=$2; shift 2; in_background race "${bench[@]}" "$@"; wait_for race "$seconds" ;;
+  copy; seconds=$2; shift 2; in_background race "${bench[@]}" ++backend.check_flags=false "$@"; wait_for race "$seconds" ;;
 wait)
   wait_for "$2" "$3" ;;
 state)
