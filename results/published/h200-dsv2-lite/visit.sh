@@ -9,6 +9,8 @@
 #   visit.sh wait NAME SECONDS    the end of a background step (model, trial-BACKEND, race), and what it printed last
 #   visit.sh pack PREFIX          results so far as PREFIX.00 ..., parts of a gzipped tar; without the prompts, which
 #                                 follow from the seed and whose hash stays
+#   visit.sh curate PREFIX        where there is a network again: PREFIX.* -> runs/ beside this script, whole points only,
+#                                 without logs and with ~ for the home folder, and report.html
 #
 # The machine has Python 3.12, torch 2.11 for CUDA 13 and triton 3.6; all else comes in bundles.
 set -euo pipefail
@@ -58,6 +60,14 @@ state)
   nvidia-smi --query-compute-apps=pid,used_memory --format=csv,noheader; nproc; free -g | head -2; df -h /dev/shm | tail -1 ;;
 pack)
   (cd "$WORK" && tar -cf - --exclude=schedule.parquet results ./*.log) | gzip -6 | split -d -b 15M - "$2."; ls -l "$2".* ;;
+curate)
+  there=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd); tmp=$(mktemp -d); cat "$2".* | tar -xz -C "$tmp"; rm -rf "$there/runs"; mkdir "$there/runs"
+  for run in $(grep -l '"status": "ok"' "$tmp"/results/h200-dsv2-lite/*/run.json); do
+    key=$(dirname "$run"); mkdir "$there/runs/${key##*/}"
+    cp "$key"/{run.json,config.yaml,requests.parquet,telemetry.parquet} "$there/runs/${key##*/}/"
+  done
+  sed -i 's#/[^" :]*/visit\b#~/visit#g; s#"/[^" ]*/bin/python3"#"python3"#g' "$there"/runs/*/{run.json,config.yaml}
+  rm -rf "$tmp"; stackrace report "$there/runs" -o "$there/report.html" ;;
 *)
-  sed -n '2,15s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 2 ;;
+  sed -n '2,17s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 2 ;;
 esac
