@@ -4,7 +4,9 @@
 #   visit.sh unpack NAME FOLDER   FOLDER/NAME.part* (stackrace engine bundle NAME) -> $WORK/engines/NAME
 #   visit.sh model [NAME]         the seeded checkpoint, computed on the GPU into $MODELS; in the background
 #   visit.sh trial BACKEND        one small point, in the background: that it starts, and its compilation is kept
-#   visit.sh race SECONDS [...]   starts or goes on with the sweep, in the background; waits that long and says where it is
+#   visit.sh race SECONDS NAME [...]   starts or goes on with a sweep (first, mla_off, attention, context, rates), in the
+#                                 background; waits that long and says where it is
+#   visit.sh anchor SECONDS       the point that every visit has
 #   visit.sh state                GPU, clocks, power, processes: what stands beside every figure
 #   visit.sh wait NAME SECONDS    the end of a background step (model, trial-BACKEND, race), and what it printed last
 #   visit.sh pack PREFIX          results so far as PREFIX.00 ..., parts of a gzipped tar; without the prompts, which
@@ -23,7 +25,14 @@ site() { echo "$WORK/engines/$1:$WORK/engines/$1/nvidia_cutlass_dsl/python_packa
 export VLLM_SITE=$(site vllm) SGLANG_SITE=$(site sglang)
 export PYTHONPATH=$WORK/src/src:$WORK/engines/stackrace HYDRA_FULL_ERROR=1
 bench=(python3 -m stackrace bench --config-dir "$HERE/conf" experiment=h200_dsv2_lite
-  models="$MODELS" results="$WORK/results")
+  models="$MODELS" results="$WORK/results" ++backend.check_flags=false) # its parser has read them: visit.sh trial
+declare -A SWEEPS=( # what each further visit asks; each visit has the anchor, too
+  [first]=""
+  [mla_off]="sweep=h200-mla-off backend=vllm_h200,vllm_mha_h200 concurrency=1,4,16,64"
+  [attention]="sweep=h200-attention backend=vllm_h200,vllm_flashmla_h200,vllm_triton_h200,sglang_flashmla_h200,sglang_triton_h200 concurrency=1,16,64"
+  [context]="sweep=h200-context concurrency=1,16 lengths.input.tokens=1024,8192,32000 stop.rounds=2"
+  [rates]="sweep=h200-rates arrival=poisson concurrency=null stop.requests=null stop.seconds=30 arrival.rate=2,4,8,16,24,32,40"
+)
 
 # A copy: what the checkout holds may change while a race runs.
 copy() { [ -d "$WORK/src" ] || { mkdir -p "$WORK/src" && tar -C "$ROOT" -c src results pyproject.toml | tar -xC "$WORK/src"; }; }
@@ -50,9 +59,12 @@ model)
   [ -d "$MODELS/$name-seed0" ] || in_background model \
     python3 -m stackrace model make "$name" --seed 0 --out "$MODELS/$name-seed0" --device ${DEVICE:-cuda} ;;
 trial)
-  copy; in_background "trial-$2" "${bench[@]}" sweep=trial backend="$2" concurrency=4 repeat=0 ;;
+  copy; in_background "trial-$2" "${bench[@]}" ++backend.check_flags=true sweep=trial backend="$2" concurrency=4 repeat=0 ;;
 race)
-  copy; seconds=$2; shift 2; in_background race "${bench[@]}" ++backend.check_flags=false "$@"; wait_for race "$seconds" ;;
+  copy; seconds=$2; read -ra asked <<<"${SWEEPS[$3]}"; shift 3
+  in_background race "${bench[@]}" "${asked[@]}" "$@"; wait_for race "$seconds" ;;
+anchor)
+  copy; in_background race "${bench[@]}" sweep=h200-anchor backend=vllm_h200 concurrency=16; wait_for race "$2" ;;
 wait)
   wait_for "$2" "$3" ;;
 state)
@@ -69,5 +81,5 @@ curate)
   sed -i 's#/[^" :]*/visit\b#~/visit#g; s#"/[^" ]*/bin/python3"#"python3"#g' "$there"/runs/*/{run.json,config.yaml}
   rm -rf "$tmp"; stackrace report "$there/runs" -o "$there/report.html" ;;
 *)
-  sed -n '2,17s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 2 ;;
+  sed -n '2,20s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 2 ;;
 esac
