@@ -160,8 +160,9 @@ def test_gauges_and_processes_of_every_engine_are_on_the_runs_clock(folder, swep
         told = run.meta["telemetry"]["sources"]
         assert told["gauges"] == told["processes"] == "ok", (run.meta["point"]["stack"], told)
         summary, concurrency = run.meta["summary"], run.meta["point"]["concurrency"]
-        assert 0 <= summary["engine_batch"]["run"] <= concurrency
-        assert summary["engine_memory"]["run"] > 1e8
+        if run.records["end"].max() > 1e9:  # long enough for readings within it
+            assert 0 <= summary["engine_batch"]["run"] <= concurrency
+            assert summary["engine_memory"]["run"] > 1e8
         assert "energy_per_output_token" not in summary  # no GPU: absent, not zero
 
 
