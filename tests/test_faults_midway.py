@@ -85,7 +85,7 @@ def nothing_listens(ports):
 def test_an_engine_that_is_killed_with_all_that_it_is(tmp_path, processes_of):
     """Our own, and the next stack goes on."""
     load = ["stop.requests=30", "arrival.rate=30", *SMALL, "sweep=s"]
-    process = start(tmp_path, "-m", "backend=mla,mock", *load)
+    process = start(tmp_path, "-m", "backend=mla,mock", "verify=none", *load)
     engine = in_mid_point(tmp_path, process)
     ports = ports_of(engine)
     for p in engine:
