@@ -2,6 +2,7 @@
 
 import http.server
 import json
+import re
 import sys
 import threading
 from pathlib import Path
@@ -83,7 +84,7 @@ def at(tmp_path):
 def test_vllm_command_line(compose, models, fake_vllm, tmp_path):
     common = ["common.max_num_seqs=7", "common.max_num_batched_tokens=99", "common.kv_cache_memory_bytes=1000000"]
     point = plan(compose("backend=vllm_cpu", models, *fake_vllm, *common, "common.dtype=bfloat16"))
-    assert point.version.startswith("vllm 9.9, torch 2.")
+    assert re.fullmatch(r"vllm 9\.9, torch 2\.\S+, \d+ packages [0-9a-f]{8}", point.version)
     command = point.backend.command(at(tmp_path))
     assert command[:3] == [str(Path(sys.executable)), "-m", "vllm.entrypoints.openai.api_server"]
     assert words(command) == {
@@ -144,6 +145,27 @@ def test_flags_are_read_by_the_engines_own_parser_before_anything_runs(compose, 
         plan(cfg)
 
 
+def test_a_flag_that_adds_nothing_is_refused(compose, models, fake_vllm):
+    """vLLM would keep its default, and the stack be taken for another one."""
+    with pytest.raises(UsageError, match="enable-chunked-prefill=false adds nothing: write no-enable-chunked-prefill"):
+        plan(compose("backend=vllm", models, *fake_vllm, "+backend.flags.enable-chunked-prefill=false"))
+    off = ["backend.check_flags=false", "+backend.flags.disable-uvicorn-access-log=false", "+backend.flags.conf={a: 1}"]
+    command = plan(compose("backend=vllm", models, *fake_vllm, *off)).backend.command(at(Path()))
+    assert "--disable-uvicorn-access-log" not in command, "one of ours is left out"
+    assert command[command.index("--conf") + 1] == '{"a": 1}'
+
+
+def test_inherited_variables_that_change_engines_are_told_and_make_another_stack(
+    compose, models, fake_vllm, monkeypatch
+):
+    monkeypatch.delenv("VLLM_ATTENTION_BACKEND", raising=False)
+    before = plan(compose("backend=vllm", models, *fake_vllm))
+    monkeypatch.setenv("VLLM_ATTENTION_BACKEND", "X")
+    after = plan(compose("backend=vllm", models, *fake_vllm))
+    assert after.backend.environment()["VLLM_ATTENTION_BACKEND"] == "X"
+    assert after.fingerprint != before.fingerprint
+
+
 def test_an_environment_without_the_engine_is_refused(compose, models):
     with pytest.raises(UsageError, match=r"no sglang in the environment of .*: stackrace engine install sglang"):
         plan(compose("backend=sglang", models, HERE))
@@ -183,6 +205,10 @@ def test_matched_is_the_same_for_every_stack_and_tuned_its_own(compose, models):
     [
         ("division=best", "division='best': must be matched or tuned"),
         ("+backend.tuned.nothing=1", "backend.tuned.nothing: there is no backend.nothing to tune"),
+        (
+            "+backend.tuned.dtype=bfloat16",
+            "the budget is the same for every stack; set common.dtype",
+        ),
         ("common.max_num_seqs=0", "backend.max_num_seqs=0: must be a whole number above 0"),
         ("stop.rounds=0", "stop.rounds=0: must be above 0, or null"),
     ],

@@ -145,7 +145,7 @@ def test_vllms_page_by_common_names():
 def test_sglangs_page_sums_over_labels_and_leaves_out_what_is_not_there_yet():
     found = parse(SGLANG, SGLANG_GAUGES)
     assert found["prompt_tokens"] == found["prefix_cache_queries"] == 300 + 12
-    assert found["requests_running"] == 5
+    assert "requests_running" not in found  # SGLang's own count misses what was just prefilled
     assert found["kv_cache_usage"] == 0.25  # of two ranks the fuller one
     assert "prefix_cache_hits" not in found
 

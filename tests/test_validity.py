@@ -201,3 +201,17 @@ def test_a_stack_that_computes_something_else_is_invalid_whatever_its_speed():
     assert verdict(healthy(), equivalence={"verdict": "differs", "words": words}) == ("invalid", words)
     for other in ("equal", "not judged"):
         assert verdict(healthy(), equivalence={"verdict": other, "words": other}) == ("valid", "")
+
+
+def test_one_cached_prompt_of_many_is_one_whether_or_not_the_others_are_told_to_have_had_none():
+    """SGLang leaves a count of 0 out."""
+    told = [{**r, "cached_tokens": 10 if i == 0 else 0} for i, r in enumerate(healthy())]
+    untold = [{**r, "cached_tokens": 10 if i == 0 else None} for i, r in enumerate(healthy())]
+    assert (
+        verdict(untold) == verdict(told) == ("suspect", "0.5% of the prompt tokens came from a prefix cache, unasked")
+    )
+
+
+def test_a_stack_that_breaks_on_the_check_is_suspect():
+    said = "failed when asked to compute: HTTP 500: NaN"
+    assert verdict(healthy(), equivalence={"verdict": "failed", "words": said}) == ("suspect", said)

@@ -71,6 +71,14 @@ def test_a_request_with_messages_is_asked_as_a_chat():
     assert json.loads(chat) == fields | {"messages": spoken}
 
 
+def test_a_field_may_be_refused_in_chats_alone():
+    endpoint = Endpoint("http://h", "m", omit_in_chat=("return_token_ids",))
+    plain = Request(7, (5, 6, 7), 9, Sampling(0.5, 0.9, 20, 42))
+    asked = [request_bytes(endpoint, r) for r in (plain, replace(plain, messages=(("user", "x"),)))]
+    bodies = [json.loads(words.split(b"\r\n\r\n")[1]) for words in asked]
+    assert ["return_token_ids" in body for body in bodies] == [True, False]
+
+
 def test_a_chunk_is_of_the_read_that_completed_it():
     first, second = event(choices=[{"token_ids": [1]}]), event(choices=[{"token_ids": [2, 3]}])
     whole = HEAD + chunked(first, second, DONE)

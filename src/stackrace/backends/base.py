@@ -35,6 +35,7 @@ class Backend(ABC):
     env: Mapping[str, str]
     extra_body: Mapping[str, Any]  # further fields of every request
     omit: tuple[str, ...]  # fields that this stack refuses
+    omit_in_chat: tuple[str, ...]  # and those that it refuses in chats
 
     reset_path: ClassVar[str | None] = None  # a POST there empties its prefix cache
 
@@ -75,6 +76,10 @@ class Backend(ABC):
         """Headers that requests must carry; secrets, so they stay in memory."""
         return {}
 
+    def endpoint(self, url: str) -> Endpoint:
+        """Where it listens, with the headers, secrets among them."""
+        return Endpoint(url, self.model, self.headers(), self.extra_body, self.omit, self.omit_in_chat)
+
     def environment(self) -> dict[str, str]:
         """Variables besides those of the harness; kept with the run."""
         # safe path: `python -m` must not put a folder called kernels/ before Hugging Face's package
@@ -105,7 +110,7 @@ class Backend(ABC):
         """
         self.check_port()
         at = Placement(folder=folder.resolve(), cores=cores, port=self.port or _free_port())
-        endpoint = Endpoint(f"http://127.0.0.1:{at.port}", self.model, self.headers(), self.extra_body, self.omit)
+        endpoint = self.endpoint(f"http://127.0.0.1:{at.port}")
         words, variables = self.command(at), self.environment()
         engine = Engine(self.name, words, variables, at, self.stop_grace, endpoint, self.is_contained)
         try:

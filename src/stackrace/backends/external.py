@@ -9,7 +9,6 @@ from urllib.parse import urlsplit
 from stackrace.backends.base import Backend, bearer, check_variables
 from stackrace.backends.running import Attached, Engine, Placement
 from stackrace.harness.errors import UsageError
-from stackrace.harness.types import Endpoint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +43,7 @@ class External(Backend):
 
     def start(self, folder: Path, cores: tuple[int, ...]) -> Engine:
         """Attach once it gives a token."""
-        engine = Attached(self.name, self.endpoint())
+        engine = Attached(self.name, self.endpoint(self.url))
         engine.wait_for_token(self.startup_timeout)
         return engine
 
@@ -55,7 +54,3 @@ class External(Backend):
     def gauges(self) -> Mapping[str, str]:
         """Those that were named."""
         return self.gauge_names
-
-    def endpoint(self) -> Endpoint:
-        """With the headers, secrets among them."""
-        return Endpoint(self.url, self.model, self.headers(), self.extra_body, self.omit)

@@ -15,7 +15,7 @@ VLLM_GAUGES = {  # vllm/v1/metrics/loggers.py; ours bears the same names
     "generation_tokens": "vllm:generation_tokens_total",
 }
 SGLANG_GAUGES = {  # sglang/srt/observability/metrics_collector.py; needs --enable-metrics
-    "requests_running": "sglang:num_running_reqs",
+    # no requests_running: sglang:num_running_reqs leaves out what was prefilled in up to 40 decode steps before
     "requests_waiting": "sglang:num_queue_reqs",
     "kv_cache_usage": "sglang:token_usage",
     "preemptions": "sglang:num_retracted_requests_total",

@@ -1,6 +1,7 @@
 """What serving stacks in environments of their own have in common: an interpreter, common settings, their own words."""
 
 import functools
+import hashlib
 import json
 import os
 import shutil
@@ -20,16 +21,11 @@ from stackrace.harness.errors import UsageError, require
 _LONGEST_PROBE = 180  # seconds, of an import on a cold disk
 _COUNTS = ("kv_cache_memory_bytes", "max_num_seqs", "max_num_batched_tokens", "tensor_parallel_size")
 _VERSIONS = """
-import json, sys
-from importlib.metadata import PackageNotFoundError, version
-found = {}
-for name in sys.argv[1:]:
-    try:
-        found[name] = version(name)
-    except PackageNotFoundError:
-        pass
-print(json.dumps(found))
+import json
+from importlib.metadata import distributions
+print(json.dumps({d.metadata["Name"]: d.version for d in distributions()}))
 """
+_INHERITED = ("VLLM_", "SGLANG_", "SGL_", "CUDA_", "NCCL_", "TORCH", "TRITON_", "OMP_", "MKL_", "FLASHINFER_")
 _PARSE = """
 import argparse, runpy, sys
 start, module, *words = sys.argv[1:]
@@ -120,24 +116,37 @@ class Installed(Backend):
         return self.python is not None and not isinstance(self.python, str)
 
     def environment(self) -> dict[str, str]:
-        """Nothing of our own environment's packages."""
-        return {"PYTHONPATH": "", **super().environment()}
+        """Nothing of our own environment's packages; what it would inherit that changes engines is told, too."""
+        inherited = {name: value for name, value in os.environ.items() if name.startswith(_INHERITED)}
+        return {**inherited, "PYTHONPATH": "", **super().environment()}
+
+    def fingerprint(self) -> str:
+        """With the variables that it inherits."""
+        variables = {n: v for n, v in self.environment().items() if n.startswith(_INHERITED)}
+        text = json.dumps([super().fingerprint(), variables], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def version(self) -> str:
         """The engine's and torch's, as its environment tells. UsageError where it does not hold the engine."""
-        found: dict[str, str] = json.loads(self._ask(_VERSIONS, *self.packages, "torch"))
+        found: dict[str, str] = json.loads(self._ask(_VERSIONS))
         engine = [f"{name} {found[name]}" for name in self.packages if name in found]
         if not engine:
             where = " ".join(self.interpreter())
             raise UsageError(f"no {self.packages[0]} in the environment of {where}: {self._remedy()}")
-        return ", ".join([*engine, *(f"torch {v}" for name, v in found.items() if name == "torch")])
+        everything = hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:8]
+        return ", ".join([*engine, f"torch {found.get('torch')}", f"{len(found)} packages {everything}"])
 
     def kv_bytes(self) -> int:
         """Of one of the cache's numbers: the cache is kept in the weights' type."""
         return 4 if self.dtype == "float32" else 2
 
     def _arguments(self, at: Placement) -> list[str]:
-        return flags(self.options(at) | {k.replace("-", "_"): v for k, v in self.flags.items()})
+        ours, further = self.options(at), {k.replace("-", "_"): v for k, v in self.flags.items()}
+        for name, value in further.items():
+            if value is False and name not in ours:
+                flag = name.replace("_", "-")
+                raise UsageError(f"backend.flags.{flag}=false adds nothing: write no-{flag}: true, or leave it out")
+        return flags(ours | {k: json.dumps(v) if isinstance(v, dict) else v for k, v in further.items()})
 
     def _ask(self, program: str, *arguments: str) -> str:
         """What a program printed in the engine's environment. UsageError with its last words if it failed."""

@@ -20,6 +20,7 @@ from stackrace.harness.types import Endpoint
 
 _POLL = 0.1
 _LOG_LINES = 20
+_LONGEST_END = 120  # seconds from SIGKILL to when the kernel has let go of a process and its GPU memory
 _LONGEST_RESET = 10  # seconds: what was given up a moment ago may still be running
 
 
@@ -129,7 +130,7 @@ class Engine:
         assert self._guardian.stdin is not None
         self._guardian.stdin.close()
         try:
-            self._guardian.wait(self._grace + 10)
+            self._guardian.wait(self._grace + _LONGEST_END)
         except subprocess.TimeoutExpired:
             self._guardian.kill()
             self._guardian.wait()

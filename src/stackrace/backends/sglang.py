@@ -59,6 +59,7 @@ class SGLang(Installed):
             "attention_backend": self.attention_backend,
             "disable_radix_cache": not self.enable_prefix_caching,
             "enable_metrics": True,
+            "log_level_http": "warning",  # no line a request
             "enable_cache_report": True,  # tells how many tokens of a prompt came from the cache
             "sampling_defaults": "openai",  # sampling is what requests say
         }
@@ -66,4 +67,6 @@ class SGLang(Installed):
     def _cache_tokens(self) -> int:
         found = checkpoint.check(Path(str(self.checkpoint)))
         kind = "mla" if "kv_lora_rank" in found.config else "gqa"
-        return self.kv_cache_memory_bytes // found.kv_bytes_per_token(kind, self.kv_bytes())
+        # the bytes are each GPU's, which holds every latent, or its part of the heads
+        parts = 1 if kind == "mla" else min(self.tensor_parallel_size, int(found.config["num_key_value_heads"]))
+        return self.kv_cache_memory_bytes * parts // found.kv_bytes_per_token(kind, self.kv_bytes())

@@ -126,6 +126,9 @@ def plain_reasons(run: Observed, meta: Mapping[str, Any]) -> Iterator[str]:
         yield "the load generator had no core of its own"
     if "text" in set(run.records["token_source"].dropna()):
         yield "tokens were counted by text, since the server sends neither ids nor running usage"
+    check = meta.get("equivalence") or {}
+    if check.get("verdict") == "failed":
+        yield str(check["words"])
 
 
 def other_answers(meta: Mapping[str, Any]) -> str | None:
@@ -158,9 +161,11 @@ def _repeated_tokens(run: Observed, config: Mapping[str, Any], meta: Mapping[str
 
 
 def _cached_beyond(run: Observed, repeated: float) -> float | None:
-    """Share of prompt tokens that a prefix cache served beyond the `repeated` ones."""
+    """Share of prompt tokens that a prefix cache served beyond the `repeated` ones; None if the server tells of none.
+
+    Some servers tell nothing of a request that had none from it (SGLang), so what one does not tell counts as none.
+    """
     cached = run.count("cached_tokens")
-    told = np.isfinite(cached)
-    if not told.any():
+    if not np.isfinite(cached).any():
         return None
-    return float((cached[told].sum() - repeated) / run.count("asked_prompt_tokens")[told].sum())
+    return float((np.nansum(cached) - repeated) / run.count("asked_prompt_tokens").sum())

@@ -6,7 +6,9 @@ import functools
 import os
 import platform
 import resource
+import shutil
 import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -94,6 +96,16 @@ def cpu_model() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+@functools.cache
+def gpu_names() -> tuple[str, ...]:
+    """The NVIDIA GPUs of this machine, none without a driver."""
+    if shutil.which("nvidia-smi") is None:
+        return ()
+    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return tuple(done.stdout.splitlines()) if done.returncode == 0 else ()
 
 
 def _prctl(option: int, value: int) -> None:

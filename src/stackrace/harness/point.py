@@ -26,6 +26,7 @@ from stackrace.workloads.arrivals import Immediate
 _PATHS = ("models", "engines", "results", "sweep", "calibration")
 _BESIDES = (*_PATHS, "common", "division", "backend", "verify")  # not measured, or told by the engine's fingerprint
 _DIVISIONS = ("matched", "tuned")
+_BUDGET = {"dtype", "kv_cache_memory_bytes", "tensor_parallel_size", "enable_prefix_caching"}
 _SOURCES = ("path", "tokenizer")  # of a workload: what they hold is in the schedule
 
 
@@ -120,7 +121,7 @@ def plan(cfg: DictConfig) -> Point:
         input_tokens=sum(len(r.prompt) for r in race.requests) / n,
         output_tokens=sum(r.output_tokens for r in race.requests) / n,
         repeated_tokens=race.repeated_tokens,
-        key=_key(config, fingerprint, weights, race.hash, cores),
+        key=_key(config, backend, (fingerprint, weights, race.hash), cores),
         launch=config["repeat"],
     )
 
@@ -151,6 +152,8 @@ def _in_division(config: dict[str, Any]) -> dict[str, Any]:
     require("division", division, str, lambda v: v in _DIVISIONS, " or ".join(_DIVISIONS))
     backend = dict(config["backend"])
     tuned = backend.pop("tuned", {})
+    for name in _BUDGET & tuned.keys():
+        raise UsageError(f"backend.tuned.{name}: the budget is the same for every stack; set common.{name}")
     for name, value in tuned.items() if division == "tuned" else ():
         if name not in backend:
             raise UsageError(f"backend.tuned.{name}: there is no backend.{name} to tune; correct the name")
@@ -272,13 +275,14 @@ def _check_lengths(race: Schedule, backend: Backend) -> None:
         )
 
 
-def _key(
-    config: Mapping[str, Any], fingerprint: str, weights: str | None, schedule_hash: str, cores: host.Cores
-) -> str:
-    """12 hex digits that change whenever the result could: by settings, stack, weights, schedule or processor."""
+def _key(config: Mapping[str, Any], backend: Backend, frozen: tuple[str | None, ...], cores: host.Cores) -> str:
+    """12 hex digits that change whenever the result could: by settings, what is frozen (stack, weights, schedule),
+    processor or GPU.
+    """
     settings = {k: v for k, v in config.items() if k not in _BESIDES}
     settings["workload"] = _without(config["workload"], _SOURCES)
     settings["model"] = {k: v for k, v in config["model"].items() if k != "checkpoint"}
     settings["hardware"] = {k: v for k, v in config["hardware"].items() if k != "roofs"}
-    identity = [settings, fingerprint, weights, schedule_hash, host.cpu_model(), *map(len, cores)]
+    gpus = host.gpu_names() if backend.uses_gpu() else ()
+    identity = [settings, *frozen, host.cpu_model(), *map(len, cores), *gpus]
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]

@@ -19,7 +19,7 @@ from stackrace.harness.load.messages import Cold, Finished, Job, Message, RoundD
 from stackrace.harness.point import Point
 from stackrace.harness.provenance import provenance
 from stackrace.harness.pulse import Pulse
-from stackrace.harness.secrets import public, without_secrets
+from stackrace.harness.secrets import public, without_secret_words, without_secrets
 from stackrace.harness.standing import Standing
 from stackrace.harness.store import RunWriter
 from stackrace.harness.summary import steadiness, summarize
@@ -157,11 +157,9 @@ class _Run:
             raise EngineError("the engine's code changed after this sweep was planned: run the same command again")
         engine = garage.engine(point.backend, folder, point.cores.engine, point.launch)
         self._endpoint = engine.endpoint
-        if point.backend.reset_path is not None and point.backend.has_prefix_cache:
-            engine.empty_cache(point.backend.reset_path)
         self._writer.update(
             backend={
-                "command": engine.command,
+                "command": without_secret_words(engine.command),
                 "environment": without_secrets(point.backend.environment()),
                 "version": point.version,
                 "fingerprint": point.fingerprint,

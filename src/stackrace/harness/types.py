@@ -53,6 +53,7 @@ class Endpoint:
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
     extra_body: Mapping[str, object] = field(default_factory=dict)  # fields that this dialect wants besides OpenAI's
     omit: tuple[str, ...] = ()  # fields that this dialect refuses
+    omit_in_chat: tuple[str, ...] = ()  # and those that it refuses in chats
     pid: int | None = None
 
     def scrub(self, text: str) -> str:

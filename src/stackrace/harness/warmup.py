@@ -46,6 +46,8 @@ class WarmUp:
     """Says round by round what comes next; Engine.warm and Engine.rounds keep what a launch has been through."""
 
     def __init__(self, point: Point, asked: Sequence[Request], engine: Engine) -> None:
+        backend = point.backend
+        self._reset_path = backend.reset_path if backend.has_prefix_cache else None
         self._rules = rules = Rules.of(point.config["warmup"])
         self._workload, self._seed = point.workload(), point.config["seed"]
         self._engine = engine
@@ -72,6 +74,8 @@ class WarmUp:
             return Round(self._draw(), self._concurrency)
         if self.ended == SETTLED:
             self._engine.warm.add(self._shape)
+        if self._reset_path is not None:
+            self._engine.empty_cache(self._reset_path)  # the race begins with an empty one, however long the warm-up
         return None
 
     def as_dict(self) -> dict[str, Any]:

@@ -28,7 +28,8 @@ def request_bytes(endpoint: Endpoint, request: Request) -> bytes:
         "stream_options": {"include_usage": True, "continuous_usage_stats": True},
         **endpoint.extra_body,
     }
-    content = orjson.dumps({k: v for k, v in body.items() if k not in endpoint.omit})
+    refused = endpoint.omit if request.messages is None else (*endpoint.omit, *endpoint.omit_in_chat)
+    content = orjson.dumps({k: v for k, v in body.items() if k not in refused})
     url = urlsplit(endpoint.url)
     headers = {
         "Host": url.netloc,

@@ -23,6 +23,10 @@ class NoAnswer(StackraceError):
     """A stack does not answer what it must to be judged; one line."""
 
 
+class BadAnswer(NoAnswer):
+    """It fails when it is asked, as nothing that works does: a 5xx, a broken connection, no answer in time."""
+
+
 @dataclass(frozen=True, slots=True)
 class Answers:
     """The likeliest tokens after each prefix; each greedy output, and the likeliest tokens at each of its steps."""
@@ -39,9 +43,9 @@ def ask(endpoint: Endpoint, questions: Questions, settings: Settings, names: Nam
     try:
         return asyncio.run(asyncio.wait_for(_ask(endpoint, questions, settings, names), settings.timeout))
     except TimeoutError:
-        raise NoAnswer(f"no answer within verify.timeout={settings.timeout:g} s") from None
+        raise BadAnswer(f"no answer within verify.timeout={settings.timeout:g} s") from None
     except (aiohttp.ClientError, OSError) as e:
-        raise NoAnswer(endpoint.scrub(f"{type(e).__name__}: {e}")) from None
+        raise BadAnswer(endpoint.scrub(f"{type(e).__name__}: {e}")) from None
 
 
 async def _ask(endpoint: Endpoint, questions: Questions, settings: Settings, names: Names) -> Answers:
@@ -87,7 +91,7 @@ def _body(endpoint: Endpoint, prompt: Sequence[int], tokens: int, logprobs: int)
 def _choice(status: int, content: bytes, endpoint: Endpoint) -> dict[str, Any]:
     said = endpoint.scrub(content.decode(errors="replace"))[:_QUOTED]
     if status != 200:
-        raise NoAnswer(f"HTTP {status}: {said}")
+        raise (BadAnswer if status >= 500 else NoAnswer)(f"HTTP {status}: {said}")
     try:
         answer = orjson.loads(content)
         choice: dict[str, Any] = answer["choices"][0]

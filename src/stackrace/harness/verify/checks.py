@@ -8,12 +8,12 @@ from weakref import WeakKeyDictionary
 from stackrace.backends import checkpoint as checkpoints
 from stackrace.backends.base import Backend
 from stackrace.backends.running import Engine
-from stackrace.harness.verify.answers import Answers, NoAnswer, ask
+from stackrace.harness.verify.answers import Answers, BadAnswer, NoAnswer, ask
 from stackrace.harness.verify.naming import Names
 from stackrace.harness.verify.questions import Questions, draw
 from stackrace.harness.verify.reference import Judged, NoJudge, obtain, place
 from stackrace.harness.verify.settings import Settings, parse
-from stackrace.harness.verify.verdict import Equivalence, compare, not_judged
+from stackrace.harness.verify.verdict import Equivalence, compare, failed, not_judged
 
 FOLDER = "references"  # below the results
 NOTHING_LOADED = "no checkpoint is known, so there is nothing to hold it to"
@@ -75,7 +75,7 @@ def answered(exam: Exam, engine: Engine) -> Answers | Equivalence:
         return ask(engine.endpoint, exam.questions, exam.settings, exam.names)
     except NoAnswer as e:
         engine.check_alive()
-        return not_judged(str(e))
+        return failed(str(e)) if isinstance(e, BadAnswer) else not_judged(str(e))
 
 
 def _compared(exam: Exam, judged: Judged, answers: Answers) -> Equivalence:

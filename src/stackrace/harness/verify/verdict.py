@@ -11,7 +11,7 @@ from stackrace.harness.verify.questions import Questions
 from stackrace.harness.verify.reference import Floats, Reference
 from stackrace.harness.verify.settings import Settings
 
-EQUAL, DIFFERS, NOT_JUDGED = "equal", "differs", "not judged"
+EQUAL, DIFFERS, FAILED, NOT_JUDGED = "equal", "differs", "failed", "not judged"
 _SHOWN = 3  # worst prefixes that are named
 
 
@@ -73,6 +73,11 @@ class Equivalence:
 def not_judged(why: str) -> Equivalence:
     """No verdict, and why there is none."""
     return Equivalence(NOT_JUDGED, f"not judged: {why}")
+
+
+def failed(why: str) -> Equivalence:
+    """It broke on the questions, so whatever it serves is in doubt."""
+    return Equivalence(FAILED, f"failed when asked to compute: {why}")
 
 
 def compare(reference: Reference, answers: Answers, questions: Questions, settings: Settings) -> Equivalence:
