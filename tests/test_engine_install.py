@@ -63,6 +63,7 @@ def toy_says(folder):
     return subprocess.run([folder / "bin" / "python", "-c", code], capture_output=True, text=True, check=True).stdout
 
 
+@pytest.mark.engine
 def test_an_environment_is_made_left_alone_mended_and_found(pins, quick_venv, tmp_path):
     folder, told = tmp_path / "engines" / "toy", []
     with pytest.raises(UsageError, match="toy is not installed: stackrace engine install toy --into"):

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from server_kit import Json, ask, call, metrics, prompt, running, small, streaming, until
 
+pytestmark = pytest.mark.engine
+
 ROOM = {"attention": "mha", "kv_cache_memory_bytes": 1 << 24}
 BROKEN = """
 import sys

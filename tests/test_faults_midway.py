@@ -9,6 +9,8 @@ from command import FAST, LENIENT, ONE_ROUND, make_stack, runs, start, wait_for
 
 SMALL = ["model=tiny", "lengths.input.tokens=8", "lengths.output.tokens=8", *ONE_ROUND]
 
+pytestmark = pytest.mark.engine
+
 # A front that passes everything to a mock in a process of its own, and answers 500 once that is gone.
 FRONT = """
 import socket, subprocess, sys, threading

@@ -55,6 +55,7 @@ def book(path: Path) -> Book:
     return compute(path, 8)
 
 
+@pytest.mark.engine
 def test_a_short_soak(path: Path, book: Book) -> None:
     outcome = soak(Bout(requests=500, seconds=60, seed=0, concurrency=24), path, book)
     assert outcome.tally.requests == 500
@@ -65,6 +66,7 @@ def test_a_short_soak(path: Path, book: Book) -> None:
     assert re.search(r"^requests +500 in", summary(outcome), re.MULTILINE)
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize(
     ("change", "requests", "fault"),
     [

@@ -105,7 +105,7 @@ def test_sigkill_loses_only_what_was_in_flight_and_leaves_no_orphan(stackrace, t
     assert processes_of() == []
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.engine)])
 def test_an_interrupt_ends_the_sweep_cleanly_and_the_same_command_resumes(stackrace, tmp_path, processes_of, number):
     process = start(tmp_path, *LONG)
     wait_for(lambda: journal_of_second(tmp_path) >= 5)
@@ -144,6 +144,7 @@ def test_repeats_are_apart(compose, tmp_path):
     assert ran == [(n, t, r) for n in (0, 1) for t in (1, 2) for r in (5, 6)]
 
 
+@pytest.mark.engine
 def test_a_port_of_ones_own_is_kept_over_a_sweep(stackrace, tmp_path):
     args = ["-m", *FAST, "stop.requests=4", "arrival.rate=40,80", f"backend.port={free_port()}"]
     for launcher in ("stackrace", "basic"):

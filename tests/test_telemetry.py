@@ -290,6 +290,7 @@ def test_an_engine_elsewhere_has_neither_our_gpus_nor_our_processes():
 CLOSED_LOOP = ["arrival=immediate", "concurrency=4", "stop.requests=24", "telemetry.interval=0.1"]
 
 
+@pytest.mark.engine
 def test_our_engine_runs_as_many_as_the_closed_loop_has_in_flight(stackrace, tmp_path):
     asked = [
         "backend=mla",
@@ -318,7 +319,7 @@ def test_our_engine_runs_as_many_as_the_closed_loop_has_in_flight(stackrace, tmp
     assert not {"energy_per_output_token", "energy_covered", "gpu_power", "throttled", "prefix_hits"} & set(summary)
 
 
-@pytest.mark.alone
+@pytest.mark.engine
 def test_sampling_does_not_disturb(stackrace, tmp_path):
     point = ["stop.requests=100", "arrival.rate=100", "telemetry.interval=null,0.05", "sweep=s"]
     done = stackrace("bench", "-m", *FAST, *LENIENT, *point)
