@@ -118,6 +118,7 @@ def test_the_command_prints_a_table_and_later_runs_keep_and_judge_by_it(stackrac
     assert any("of the events that this machine's client can take" in r for r in meta["validity"]["reasons"])
 
 
+@pytest.mark.engine
 def test_half_a_calibration_is_shown_and_not_kept(tmp_path, processes_of):
     process = start(tmp_path, "ladder=quick", command="calibrate")
     assert "events 5,000/s, 1 worker: receive times within" in process.stderr.readline()

@@ -21,6 +21,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
+@pytest.mark.engine
 def test_stacks_that_cannot_start_cost_the_others_nothing(stackrace, tmp_path, processes_of):
     """Also: a new stack is one file and one yaml, wherever they lie."""
     where, env = make_stack(tmp_path, EXITS, "exits")

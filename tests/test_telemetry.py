@@ -335,6 +335,7 @@ def test_sampling_does_not_disturb(stackrace, tmp_path):
     assert lags[1] < lags[0] + 0.005
 
 
+@pytest.mark.engine
 def test_a_point_that_fails_keeps_what_was_read(tmp_path, processes_of):
     process = start(tmp_path, "backend=mock", *QUICK, "stop.requests=40", "arrival.rate=10", "telemetry.interval=0.05")
     wait_for(lambda: any(j.read_bytes().count(b"\n") > 5 for j in tmp_path.glob("results/adhoc/*/journal.jsonl")))

@@ -246,6 +246,7 @@ def test_a_judge_that_cannot_says_so_in_a_line(tiny: World, monkeypatch: pytest.
             judge.Judge(tiny.weights, tiny.questions, torch.device("cuda"), torch.float32)
 
 
+@pytest.mark.engine
 def test_the_command_finds_a_server_that_forgot_its_mscale(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
