@@ -6,6 +6,8 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
+
 from stackrace.harness import store
 
 SOURCES = Path(__file__).parents[1] / "src"
@@ -41,6 +43,24 @@ def start(tmp_path, *args, command="bench", env=None):
         text=True,
         start_new_session=True,
     )
+
+
+def touching(folder):
+    """Processes that work below `folder` or were told about it."""
+    found = []
+    for process in psutil.process_iter(["pid", "cwd", "cmdline"]):
+        words = [process.info["cwd"] or "", *(process.info["cmdline"] or [])]
+        if process.pid != os.getpid() and any(str(folder) in word for word in words):
+            found.append(process)
+    return found
+
+
+def left(folder, patience=10.0):
+    """Command lines of those, once they had `patience` seconds to go."""
+    deadline = time.monotonic() + patience
+    while touching(folder) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return [" ".join(process.info["cmdline"] or []) for process in touching(folder)]
 
 
 def wait_for(condition, patience=40.0):

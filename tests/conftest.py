@@ -4,9 +4,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
-import psutil
 import pytest
 
 
@@ -63,22 +61,13 @@ def stackrace(tmp_path):
 def processes_of(tmp_path):
     """Lists the processes that work in `tmp_path` or were told about it; waits up to 10 s for them to go."""
 
-    def touching():
-        found = []
-        for p in psutil.process_iter(["pid", "cwd", "cmdline"]):
-            words = [p.info["cwd"] or "", *(p.info["cmdline"] or [])]
-            if p.pid != os.getpid() and any(str(tmp_path) in w for w in words):
-                found.append(p)
-        return found
+    from command import left, touching
 
-    def left(patience=10.0):
-        deadline = time.monotonic() + patience
-        while touching() and time.monotonic() < deadline:
-            time.sleep(0.05)
-        return [" ".join(p.info["cmdline"] or []) for p in touching()]
+    def waited(patience=10.0):
+        return left(tmp_path, patience)
 
-    left.now = touching
-    return left
+    waited.now = lambda: touching(tmp_path)
+    return waited
 
 
 @pytest.fixture

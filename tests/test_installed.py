@@ -69,7 +69,8 @@ def fake_vllm(tmp_path):
 def words(command):
     """Flags of a command line with their values; True where there is none."""
     found, last = {}, None
-    for word in command[command.index("--served-model-name") - 2 :]:
+    begin = next(i for i, word in enumerate(command) if word.startswith("--"))
+    for word in command[begin:]:
         if word.startswith("--"):
             last, found[word] = word, True
         else:

@@ -5,23 +5,23 @@ make test-engines; each test is skipped, with the remedy, where an engine it nee
 
 import contextlib
 import json
-import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
+import command
 import psutil
 import pytest
+from command import left, runs, wait_for
 
 from stackrace.backends import environments
-from stackrace.harness import store
 from stackrace.harness.errors import UsageError
 
 ROOT = Path(__file__).parents[2]
 ENGINES = ROOT / "engines"
-STACKS = {"mla": None, "vllm_cpu": "vllm-cpu", "sglang_cpu": "sglang-cpu"}
+STACKS = ("mla", "vllm_cpu", "sglang_cpu")
+SWEEP = "three_stacks"
 POINTS = 6  # of a stack
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(580)]
@@ -46,11 +46,9 @@ def folder(tmp_path_factory):
 def start(folder):
     """`start("bench", ...)` -> the command's process, in the checkout, with results in `folder`."""
 
-    def run(command, *words):
+    def run(subcommand, *words):
         places = [f"results={folder}/results", f"models={folder}/models", f"engines={ENGINES}"]
-        command_line = [sys.executable, "-m", "stackrace", command, *words, *places]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        return subprocess.Popen(command_line, cwd=ROOT, start_new_session=True, **pipes)
+        return command.start(ROOT, *words, *places, command=subcommand)
 
     return run
 
@@ -67,28 +65,7 @@ def finish(start):
     return run
 
 
-def left(folder, patience=15.0):
-    """Processes that work below `folder` or were told about it, once they had `patience` seconds to go."""
-    deadline = time.monotonic() + patience
-    while (found := touching(folder)) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    return found
-
-
-def touching(folder):
-    found = []
-    for process in psutil.process_iter(["cwd", "cmdline"]):
-        words = [process.info["cwd"] or "", *(process.info["cmdline"] or [])]
-        if process.pid != os.getpid() and any(str(folder) in word for word in words):
-            found.append(" ".join(process.info["cmdline"] or [])[:200])
-    return found
-
-
-def runs(folder, sweep="three_stacks"):
-    return [store.read_run(f) for f in store.find_runs(folder / "results" / sweep)]
-
-
-def finished(folder, sweep="three_stacks"):
+def finished(folder, sweep=SWEEP):
     """Points of each stack that have a result, while the sweep goes on."""
     count = dict.fromkeys(STACKS, 0)
     for path in (folder / "results" / sweep).glob("*/run.json"):
@@ -97,12 +74,14 @@ def finished(folder, sweep="three_stacks"):
     return count
 
 
-def wait_for(condition, process, patience=400.0):
-    deadline = time.monotonic() + patience
-    while not condition():
+def reached(condition, process):
+    """Wait for a condition of a sweep that goes on."""
+
+    def is_there():
         assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.1)
+        return condition()
+
+    wait_for(is_there, patience=400)
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +89,7 @@ def swept(folder, start, finish):
     """The experiment, killed while vLLM has points before and behind it, and run again; what remained, and stderr."""
     needs("vllm-cpu", "sglang-cpu")
     process = start("bench", "experiment=three_stacks")
-    wait_for(lambda: finished(folder)["vllm_cpu"] >= 2, process)
+    reached(lambda: finished(folder)["vllm_cpu"] >= 2, process)
     process.kill()
     process.communicate()
     remained, before = left(folder), sum(finished(folder).values())
@@ -129,7 +108,7 @@ def test_a_killed_sweep_leaves_no_engine_and_goes_on_where_it_was(folder, swept)
 
 def test_each_engine_is_launched_once_for_all_of_its_points(folder, swept):
     launches = {stack: set() for stack in STACKS}
-    for run in runs(folder):
+    for run in runs(folder, SWEEP):
         command = run.meta["backend"]["command"]
         launches[run.meta["point"]["stack"]].add(command[command.index("--port") + 1])
     # vLLM's was killed with the harness, between its second point and its last
@@ -137,13 +116,13 @@ def test_each_engine_is_launched_once_for_all_of_its_points(folder, swept):
 
 
 def test_all_three_compute_the_same(folder, swept):
-    found = {(r.meta["point"]["stack"], r.meta["equivalence"]["verdict"]) for r in runs(folder)}
+    found = {(r.meta["point"]["stack"], r.meta["equivalence"]["verdict"]) for r in runs(folder, SWEEP)}
     assert found == {(stack, "equal") for stack in STACKS}
 
 
 def test_every_stack_was_asked_the_same_and_did_all_of_it(folder, swept):
     schedules = {}
-    for run in runs(folder):
+    for run in runs(folder, SWEEP):
         point = run.meta["point"]
         schedules.setdefault((point["input_tokens"], point["concurrency"]), set()).add(run.meta["schedule"]["hash"])
         assert run.meta["summary"]["failed"]["run"] == 0
@@ -156,7 +135,7 @@ def test_every_stack_was_asked_the_same_and_did_all_of_it(folder, swept):
 
 
 def test_gauges_and_processes_of_every_engine_are_on_the_runs_clock(folder, swept):
-    for run in runs(folder):
+    for run in runs(folder, SWEEP):
         told = run.meta["telemetry"]["sources"]
         assert told["gauges"] == told["processes"] == "ok", (run.meta["point"]["stack"], told)
         summary, concurrency = run.meta["summary"], run.meta["point"]["concurrency"]
@@ -207,8 +186,8 @@ def test_sglangs_cache_is_emptied_between_points_and_its_dead_scheduler_is_told(
         "warmup.tolerance=null",
     ]
     process = start("bench", "-m", "backend=sglang_cpu", *settings, *load, "concurrency=1,2,4")
-    wait_for(lambda: finished(folder, "caching")["sglang_cpu"] == 2, process)
-    wait_for(lambda: any(folder.glob("results/caching/*/journal.jsonl")), process)
+    reached(lambda: finished(folder, "caching")["sglang_cpu"] == 2, process)
+    reached(lambda: any(folder.glob("results/caching/*/journal.jsonl")), process)
     for victim in psutil.process_iter(["cmdline", "name"]):
         if "sglang::scheduler" in " ".join(victim.info["cmdline"] or [victim.info["name"]]):
             with contextlib.suppress(psutil.NoSuchProcess):

@@ -9,7 +9,7 @@ from stackrace.harness.errors import EngineError
 from stackrace.harness.types import Endpoint
 
 _SHORTEST, _LONGEST = 0.1, 10  # seconds that an answer is waited for
-_NO_PROXY = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # nor does the load generator know one
+NO_PROXY = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # nor does the load generator know one
 
 
 def has_token(endpoint: Endpoint, timeout: float) -> bool:
@@ -32,7 +32,7 @@ def refused(endpoint: Endpoint, path: str) -> str | None:
     """What an empty POST to `path` was refused with; None if it was done."""
     request = urllib.request.Request(f"{endpoint.url.rstrip('/')}{path}", b"", dict(endpoint.headers))
     try:
-        with _NO_PROXY.open(request, timeout=_LONGEST) as response:
+        with NO_PROXY.open(request, timeout=_LONGEST) as response:
             said = response.read().decode(errors="replace")
     except urllib.error.HTTPError as e:
         return f"POST {path}: HTTP {e.code}: {e.read().decode(errors='replace')[:300]}"
@@ -74,7 +74,7 @@ def _complete(endpoint: Endpoint, timeout: float) -> object:
     content = json.dumps({k: v for k, v in body.items() if k not in endpoint.omit}).encode()
     headers = {"Content-Type": "application/json", **endpoint.headers}
     request = urllib.request.Request(f"{endpoint.url.rstrip('/')}/v1/completions", content, headers)
-    with _NO_PROXY.open(request, timeout=max(timeout, _SHORTEST)) as response:
+    with NO_PROXY.open(request, timeout=max(timeout, _SHORTEST)) as response:
         answer: object = json.load(response)
         return answer
 

@@ -76,7 +76,8 @@ def _fill(name: str, to_build: list[str], site: Path) -> None:
         if not wheel.name.endswith("-none-any.whl"):
             raise UsageError(f"{name}: {wheel.name} is built for this machine alone: bundle a published wheel instead")
     platforms = [word for platform in PLATFORMS for word in ("--platform", platform)]
-    which = ["--no-deps", "--no-compile", "--only-binary=:all:", "--find-links", str(wheels), *TARGET, *platforms]
+    theirs = ["--ignore-requires-python", *TARGET, *platforms]  # pip would ask whether the Python that runs it will do
+    which = ["--no-deps", "--no-compile", "--only-binary=:all:", "--find-links", str(wheels), *theirs]
     run([sys.executable, *INSTALL, *which, "--target", str(site), "-r", str(listed)], log)
 
 

@@ -12,11 +12,17 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from types import FrameType
 
 from stackrace.harness import host
 
 VARIABLE = "STACKRACE_ENGINE_ENVIRONMENT"  # JSON of the variables that the engine gets besides ours
+
+
+def words(grace: float, cores: Sequence[int], command: Sequence[str]) -> list[str]:
+    """The command line that runs `command` on `cores` under a guardian; `grace` in seconds."""
+    return [sys.executable, "-m", __name__, str(grace), ",".join(map(str, cores)), *command]
 
 
 def main(argv: list[str]) -> int:

@@ -66,7 +66,7 @@ class Installed(Backend):
     flags: Mapping[str, Any]  # further ones of the engine's, in its own words
     check_flags: bool  # have the engine's parser read the command line before anything runs
 
-    packages: ClassVar[tuple[str, ...]]  # names under which the engine may be installed, then what it stands on
+    packages: ClassVar[tuple[str, ...]]  # names under which the engine may be installed
     versions_tried: ClassVar[tuple[str, ...]]
 
     def __post_init__(self) -> None:
@@ -76,8 +76,8 @@ class Installed(Backend):
             require(f"backend.{name}", getattr(self, name), bool, lambda v: True, "true or false")
 
     @abstractmethod
-    def options(self, at: Placement) -> Options:
-        """The common settings in the engine's own flags."""
+    def options(self) -> Options:
+        """The common settings in the engine's own flags, less those that every engine calls alike."""
 
     @abstractmethod
     def start_words(self) -> tuple[str, str]:
@@ -101,7 +101,7 @@ class Installed(Backend):
     def interpreter(self) -> list[str]:
         """Words that python's arguments follow. UsageError where there is no such environment."""
         if self.python is None:
-            return [str(environments.find(self.environment_name, Path(self.engines)).absolute())]
+            return [str(environments.find(self.environment_name, Path(self.engines)))]
         if not isinstance(self.python, str):
             return list(self.python)
         inside = Path(self.python, "bin", "python")
@@ -141,7 +141,9 @@ class Installed(Backend):
         return 4 if self.dtype == "float32" else 2
 
     def _arguments(self, at: Placement) -> list[str]:
-        ours, further = self.options(at), {k.replace("-", "_"): v for k, v in self.flags.items()}
+        alike = {"served_model_name": self.model, "host": "127.0.0.1", "port": at.port, "dtype": self.dtype}
+        ours = alike | {"attention_backend": self.attention_backend} | self.options()
+        further = {k.replace("-", "_"): v for k, v in self.flags.items()}
         for name, value in further.items():
             if value is False and name not in ours:
                 flag = name.replace("_", "-")

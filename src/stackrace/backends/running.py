@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -13,8 +12,7 @@ from urllib.parse import urlsplit
 
 import psutil
 
-from stackrace.backends import asking
-from stackrace.backends import guardian as guardian_of
+from stackrace.backends import asking, guardian
 from stackrace.harness.errors import EngineDied, EngineError, EngineTimeout
 from stackrace.harness.types import Endpoint
 
@@ -59,16 +57,15 @@ class Engine:
         self.log = at.folder / "server.log"
         self._grace, self._is_contained = grace, is_contained
         self.warm, self.rounds = set(), 0
-        guardian = [sys.executable, "-m", "stackrace.backends.guardian"]
         self._log_from = self.log.stat().st_size if self.log.exists() else 0
         with self.log.open("ab") as log:
             self._guardian = subprocess.Popen(
-                [*guardian, str(grace), ",".join(map(str, at.cores)), *command],
+                guardian.words(grace, at.cores, command),
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 cwd=at.folder,
-                env={**os.environ, guardian_of.VARIABLE: json.dumps(dict(environment))},
+                env={**os.environ, guardian.VARIABLE: json.dumps(dict(environment))},
                 start_new_session=True,
             )
         self.endpoint = replace(endpoint, pid=self._guardian.pid)
@@ -77,7 +74,7 @@ class Engine:
         """Raise EngineDied, with the tail of the log, if it has exited."""
         code = self._guardian.poll()
         if code is not None:
-            raise EngineDied(f"{self.name} {ending(code)}; its last lines:\n{self.log_tail()}")
+            raise EngineDied(f"{self.name} {ending(code)}{self.last_words()}")
 
     def wait_for_token(self, timeout: float) -> None:
         """Return when it has generated a token. Raises EngineDied, or EngineTimeout after `timeout` seconds.
@@ -88,10 +85,9 @@ class Engine:
         while not (self.listens() and asking.has_token(self.endpoint, deadline - time.monotonic())):
             self.check_alive()
             if time.monotonic() > deadline:
-                tail = self.log_tail()
                 raise EngineTimeout(
                     f"{self.name} gave no token within backend.startup_timeout={timeout:g} s"
-                    + (f"; its last lines:\n{tail}" if tail else f": is there a server at {self.endpoint.url}?")
+                    + (self.last_words() or f": is there a server at {self.endpoint.url}?")
                 )
             time.sleep(_POLL)
 
@@ -118,6 +114,11 @@ class Engine:
     def fault(self, timeout: float) -> str | None:
         """What shows that it is broken, though it has not exited; None if nothing does. Asks it for a token."""
         return asking.fault_of(self.endpoint, timeout)
+
+    def last_words(self) -> str:
+        """`; its last lines: ...` to end a message with, empty where it has printed none."""
+        tail = self.log_tail()
+        return f"; its last lines:\n{tail}" if tail else ""
 
     def log_tail(self) -> str:
         """The last lines that it has printed since it was launched."""

@@ -8,7 +8,6 @@ from typing import ClassVar
 from stackrace.backends import checkpoint
 from stackrace.backends.gauges import SGLANG_GAUGES
 from stackrace.backends.installed import Installed, Options
-from stackrace.backends.running import Placement
 from stackrace.harness.errors import UsageError
 
 
@@ -42,21 +41,16 @@ class SGLang(Installed):
         """As this engine calls them."""
         return SGLANG_GAUGES
 
-    def options(self, at: Placement) -> Options:
+    def options(self) -> Options:
         """The cache is told in tokens: as many as its bytes hold."""
         return {
             "model_path": str(Path(str(self.checkpoint)).resolve()),
-            "served_model_name": self.model,
-            "host": "127.0.0.1",
-            "port": at.port,
-            "dtype": self.dtype,
             "context_length": self.max_model_len,
             "max_total_tokens": self._cache_tokens(),
             "max_running_requests": self.max_num_seqs,
             "chunked_prefill_size": self.max_num_batched_tokens,
             "max_prefill_tokens": self.max_num_batched_tokens,
             "tp_size": self.tensor_parallel_size,
-            "attention_backend": self.attention_backend,
             "disable_radix_cache": not self.enable_prefix_caching,
             "enable_metrics": True,
             "log_level_http": "warning",  # no line a request

@@ -7,7 +7,6 @@ from typing import ClassVar
 
 from stackrace.backends.gauges import VLLM_GAUGES
 from stackrace.backends.installed import Installed, Options
-from stackrace.backends.running import Placement
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,20 +33,15 @@ class VLLM(Installed):
         """As this engine calls them."""
         return VLLM_GAUGES
 
-    def options(self, at: Placement) -> Options:
+    def options(self) -> Options:
         """Flags that are off are written out, since vLLM turns some on by itself."""
         return {
             "model": str(Path(str(self.checkpoint)).resolve()),
-            "served_model_name": self.model,
-            "host": "127.0.0.1",
-            "port": at.port,
-            "dtype": self.dtype,
             "max_model_len": self.max_model_len,
             "kv_cache_memory_bytes": self.kv_cache_memory_bytes,
             "max_num_seqs": self.max_num_seqs,
             "max_num_batched_tokens": self.max_num_batched_tokens,
             "tensor_parallel_size": self.tensor_parallel_size,
-            "attention_backend": self.attention_backend,
             "enable_prefix_caching": self.enable_prefix_caching,
             "no_enable_prefix_caching": not self.enable_prefix_caching,
             "enable_prompt_tokens_details": True,  # tells how many tokens of a prompt came from the cache

@@ -99,13 +99,20 @@ def cpu_model() -> str:
 
 
 @functools.cache
-def gpu_names() -> tuple[str, ...]:
-    """The NVIDIA GPUs of this machine, none without a driver."""
-    if shutil.which("nvidia-smi") is None:
-        return ()
-    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+def gpus() -> tuple[dict[str, str], ...]:
+    """What nvidia-smi says of each GPU here: its `name`, driver, memory and limits; empty without a driver."""
+    fields = ("name", "driver_version", "memory.total", "power.limit", "clocks.max.sm")
+    told = said("nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader")
+    rows = told.splitlines() if told else []
+    return tuple(dict(zip(fields, map(str.strip, row.split(",")), strict=False)) for row in rows)
+
+
+def said(*command: str) -> str | None:
+    """What a command printed, None where it is missing or fails."""
+    if shutil.which(command[0]) is None:
+        return None
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return tuple(done.stdout.splitlines()) if done.returncode == 0 else ()
+    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def _prctl(option: int, value: int) -> None:

@@ -24,12 +24,11 @@ def make(name: str, seed: int, out: Path | None, device: str, experts: bool | No
     path = out or Path("models", f"{name}-seed{seed}")
     check_device(device)
     try:
-        checkpoint.make(model["config"], path, seed, model["shard_bytes"], device)
+        found = checkpoint.make(model["config"], path, seed, model["shard_bytes"], device)
     except OSError as e:
         raise UsageError(f"cannot write {path}: {e.strerror or e}: give another --out") from None
-    found = checkpoint.check(path)
     is_quick = device != "cpu" or found.num_bytes < SMALL
-    return inspect(path, has_experts(found) and is_quick if experts is None else experts, device)
+    return _described(found, has_experts(found) and is_quick if experts is None else experts, device)
 
 
 def check_device(device: str) -> None:
@@ -52,7 +51,10 @@ def inspect(path: Path, experts: bool, device: str) -> str:
 
     UsageError if it is not whole, or has no experts.
     """
-    found = checkpoint.check(path)
+    return _described(checkpoint.check(path), experts, device)
+
+
+def _described(found: checkpoint.Checkpoint, experts: bool, device: str) -> str:
     return "\n".join([*_contents(found), *(_balance(found, device) if experts else [])])
 
 

@@ -283,6 +283,6 @@ def _key(config: Mapping[str, Any], backend: Backend, frozen: tuple[str | None, 
     settings["workload"] = _without(config["workload"], _SOURCES)
     settings["model"] = {k: v for k, v in config["model"].items() if k != "checkpoint"}
     settings["hardware"] = {k: v for k, v in config["hardware"].items() if k != "roofs"}
-    gpus = host.gpu_names() if backend.uses_gpu() else ()
+    gpus = [gpu["name"] for gpu in host.gpus()] if backend.uses_gpu() else []
     identity = [settings, *frozen, host.cpu_model(), *map(len, cores), *gpus]
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]

@@ -1,8 +1,6 @@
 """What was run on what: the part of run.json that lets somebody else repeat it."""
 
 import platform
-import shutil
-import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -26,7 +24,7 @@ def provenance(point: Point) -> dict[str, Any]:
         "platform": platform.platform(),
         "cpu": {"model": host.cpu_model(), "cores": psutil.cpu_count()},
         "memory_bytes": psutil.virtual_memory().total,
-        "gpus": _gpus(),
+        "gpus": host.gpus(),
         "cores": point.cores._asdict(),
         "seed": point.config["seed"],
         "checkpoint": point.weights,
@@ -42,22 +40,7 @@ def _version(package: str) -> str | None:
 
 def _git(folder: Path) -> dict[str, Any] | None:
     """Commit and whether anything differs from it; None outside a checkout."""
-    commit = _said("git", "-C", str(folder), "rev-parse", "HEAD")
+    commit = host.said("git", "-C", str(folder), "rev-parse", "HEAD")
     if commit is None:
         return None
-    return {"commit": commit, "dirty": bool(_said("git", "-C", str(folder), "status", "--porcelain"))}
-
-
-def _gpus() -> list[dict[str, str]]:
-    fields = ("name", "driver_version", "memory.total", "power.limit", "clocks.max.sm")
-    said = _said("nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader")
-    rows = said.splitlines() if said else []
-    return [dict(zip(fields, map(str.strip, row.split(",")), strict=False)) for row in rows]
-
-
-def _said(*command: str) -> str | None:
-    """What a command printed, None where it is missing or fails."""
-    if shutil.which(command[0]) is None:
-        return None
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.stdout.strip() if done.returncode == 0 else None
+    return {"commit": commit, "dirty": bool(host.said("git", "-C", str(folder), "status", "--porcelain"))}

@@ -37,9 +37,8 @@ class Pulse:
             self._ticks[tick.worker] = tick
         self._engine.check_alive()
         if self.is_silent():
-            tail = self._engine.log_tail()
-            said = f"; its last lines:\n{tail}" if tail else ""
-            raise EngineHangs(f"no token for {self._stall:g} s (timeouts.stall): {self._engine.name} hangs{said}")
+            silence = f"no token for {self._stall:g} s (timeouts.stall)"
+            raise EngineHangs(f"{silence}: {self._engine.name} hangs{self._engine.last_words()}")
         if self._failed >= _STREAK and now() - self._asked > _PAUSE:
             self._ask()
 
@@ -65,6 +64,5 @@ class Pulse:
         self._asked = now()
         self._engine.check_alive()
         if fault is not None:
-            tail = self._engine.log_tail()
-            said = f"; its last lines:\n{tail}" if tail else ""
-            raise EngineDied(f"{self._engine.name} has not exited, but is broken: {fault}{said}")
+            words = self._engine.last_words()
+            raise EngineDied(f"{self._engine.name} has not exited, but is broken: {fault}{words}")

@@ -34,7 +34,6 @@ from stackrace.harness.warmup import WarmUp
 _REFRESH = 0.25
 _LAST_WORDS = 5 * SECOND
 
-
 Watch = Callable[[Standing], None]
 
 

@@ -30,13 +30,9 @@ def without_secret_words(command: Sequence[str]) -> list[str]:
 def _redacted(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {k: REDACTED if _is_secret(k) and isinstance(v, str) else _redacted(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return without_secret_words([v if isinstance(v, str) else str(v) for v in value]) if _words(value) else value
+    if isinstance(value, list | tuple) and any(isinstance(v, str) for v in value):
+        return without_secret_words([str(v) for v in value])
     return value
-
-
-def _words(value: Sequence[Any]) -> bool:
-    return any(isinstance(v, str) for v in value)
 
 
 def _word(word: str) -> str:

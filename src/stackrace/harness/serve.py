@@ -4,11 +4,9 @@ import signal
 import time
 from pathlib import Path
 
-from hydra import compose, initialize_config_module
-from hydra.errors import HydraException
 from rich.console import Console
 
-from stackrace.harness.errors import UsageError, one_line
+from stackrace.harness.composing import composed
 from stackrace.harness.point import build_backend
 
 _LOOK = 0.5
@@ -16,11 +14,7 @@ _LOOK = 0.5
 
 def serve(overrides: list[str]) -> int:
     """Launch the composed backend, print its URL, end it on Ctrl-C or SIGTERM. Raises EngineError if it dies."""
-    try:
-        with initialize_config_module("stackrace.conf", version_base="1.3"):
-            cfg = compose("bench", overrides)
-    except HydraException as e:
-        raise UsageError(one_line(e)) from None
+    cfg = composed("bench", overrides)
     backend, cores = build_backend(cfg)
     console = Console()
     signal.signal(signal.SIGTERM, signal.default_int_handler)

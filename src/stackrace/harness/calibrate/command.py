@@ -3,23 +3,22 @@
 from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_module
-from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from rich.console import Console
 
 from stackrace.harness import host
 from stackrace.harness.calibrate import calibration, table
 from stackrace.harness.calibrate.ladder import Ladders, Rung
 from stackrace.harness.calibrate.trial import Lab
-from stackrace.harness.errors import UsageError, one_line, require
+from stackrace.harness.composing import composed
+from stackrace.harness.errors import require
 
 _WIDTH = 200  # columns where there is no terminal
 
 
 def calibrate(overrides: list[str]) -> int:
     """Run it; returns the exit code, 130 if interrupted. UsageError for settings that cannot be."""
-    settings = _compose(overrides)
+    settings: Any = OmegaConf.to_container(composed("calibrate", overrides), resolve=True)
     hardware, ladder = settings["hardware"], settings["ladder"]
     _check(ladder)
     cores = host.split_cores(hardware["load_generator_cores"], hardware["engine_cores"])
@@ -40,16 +39,6 @@ def calibrate(overrides: list[str]) -> int:
     console.print(table.in_words(found), highlight=False, soft_wrap=True)
     console.print(f"kept for later runs: {out}", highlight=False)
     return 0
-
-
-def _compose(overrides: list[str]) -> dict[str, Any]:
-    try:
-        with initialize_config_module("stackrace.conf", version_base="1.3"):
-            cfg: DictConfig = compose("calibrate", overrides)
-    except HydraException as e:
-        raise UsageError(one_line(e)) from None
-    settings: Any = OmegaConf.to_container(cfg, resolve=True)
-    return dict(settings)
 
 
 def _check(ladder: dict[str, Any]) -> None:

@@ -9,12 +9,12 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import orjson
-from hydra import compose, initialize_config_module
 
 from stackrace.backends.garage import Garage
 from stackrace.harness import host
 from stackrace.harness.calibrate.outcome import Outcome, compare
 from stackrace.harness.clock import SECOND
+from stackrace.harness.composing import composed
 from stackrace.harness.load.generator import Collected, collect
 from stackrace.harness.load.messages import Job
 from stackrace.harness.point import build_backend
@@ -62,9 +62,7 @@ class Lab:
     def start(self, settings: Mapping[str, Any]) -> Endpoint:
         """A mock set like this, the running one if it is."""
         overrides = [f"backend.{name}={'null' if value is None else value}" for name, value in settings.items()]
-        with initialize_config_module("stackrace.conf", version_base="1.3"):
-            cfg = compose("bench", ["backend=mock", "backend.record_truth=true", *overrides])
-        backend, _ = build_backend(cfg)
+        backend, _ = build_backend(composed("bench", ["backend=mock", "backend.record_truth=true", *overrides]))
         return self._garage.engine(backend, Path(self._folder.name, "mock"), self._cores.engine[:1], 0).endpoint
 
     def race(self, asked: Asked, endpoint: Endpoint) -> Collected:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from stackrace.backends.asking import NO_PROXY
 from stackrace.harness.errors import TelemetryError
 from stackrace.harness.telemetry.source import Reading
 from stackrace.harness.types import Endpoint
@@ -27,7 +28,6 @@ class Gauges:
         self._names = names
         self._timeout = timeout
         self._request = urllib.request.Request(f"{endpoint.url.rstrip('/')}/metrics", headers=dict(endpoint.headers))
-        self._direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
     def read(self) -> list[Reading]:
         """The numbers that are there; counters and counts are summed over labels, shares are the highest."""
@@ -38,7 +38,7 @@ class Gauges:
 
     def _text(self) -> str:
         try:
-            with self._direct.open(self._request, timeout=self._timeout) as response:
+            with NO_PROXY.open(self._request, timeout=self._timeout) as response:
                 return str(response.read().decode())
         except urllib.error.HTTPError as e:
             e.close()

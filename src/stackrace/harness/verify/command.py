@@ -6,15 +6,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import orjson
-from hydra import compose, initialize_config_module
-from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from stackrace.backends.base import Backend
 from stackrace.backends.running import Engine
 from stackrace.harness import host
-from stackrace.harness.errors import EngineError, UsageError, one_line
+from stackrace.harness.composing import composed
+from stackrace.harness.errors import EngineError, UsageError
 from stackrace.harness.point import build_backend
 from stackrace.harness.store import write_atomically
 from stackrace.harness.verify import table
@@ -65,11 +64,7 @@ def configs(overrides: Sequence[str]) -> list[DictConfig]:
     named = {o.split("=")[0] for o in others}
     others += [f"{name}={value}" for name, value in _GIVEN.items() if name not in named]
     stacks = asked[-1].removeprefix("backend=").split(",") if asked else ["mla", "mla_mha"]
-    try:
-        with initialize_config_module("stackrace.conf", version_base="1.3"):
-            found = [compose("bench", [*others, f"backend={stack}"]) for stack in stacks]
-    except HydraException as e:
-        raise UsageError(one_line(e)) from None
+    found = [composed("bench", [*others, f"backend={stack}"]) for stack in stacks]
     if len({cfg.backend.name for cfg in found}) < len(found):
         raise UsageError(f"backend={','.join(stacks)}: two of them have one name; name each once")
     return found

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from stackrace.backends import guardian
 from stackrace.backends.base import source_hash
 from stackrace.backends.checkpoint import Checkpoint
 from stackrace.harness.errors import StackraceError
@@ -134,9 +135,8 @@ def _compute(
         asked = {"checkpoint": str(checkpoint.path.resolve()), "device": device, "out": str(path.resolve())}
         Path(folder, "asked.json").write_text(json.dumps({**asked, "questions": questions.as_dict()}))
         command = [sys.executable, "-m", "stackrace.harness.verify.judge", str(Path(folder, "asked.json"))]
-        guardian = [sys.executable, "-m", "stackrace.backends.guardian", str(_GRACE), ",".join(map(str, cores))]
         process = subprocess.Popen(
-            [*guardian, *command],
+            guardian.words(_GRACE, cores, command),
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=log,
