@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # One visit to a GPU machine without a network, in steps that each end within ten minutes and go on where they stopped.
 #
-#   visit.sh unpack NAME FOLDER   FOLDER/NAME.part* (stackrace engine bundle NAME) -> $WORK/engines/NAME
+#   visit.sh unpack NAME FOLDER   FOLDER/NAME.part*, by FOLDER/unpack.sh (stackrace engine bundle) -> $WORK/engines/NAME
 #   visit.sh model [NAME]         the seeded checkpoint, computed on the GPU into $MODELS; in the background
 #   visit.sh trial BACKEND        one small point, in the background: that it starts, and its compilation is kept
 #   visit.sh race SECONDS NAME [...]   starts or goes on with a sweep (first, mla_off, attention, context, rates), in the
@@ -21,7 +21,8 @@ MODELS=${MODELS:-/dev/shm/models}
 HERE=$WORK/src/results/published/h200-dsv2-lite
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../../.." && pwd)
 
-site() { echo "$WORK/engines/$1:$WORK/engines/$1/nvidia_cutlass_dsl/python_packages"; }
+unpacker() { STACKRACE_ENGINES=$WORK/engines bash "$WORK/unpack.sh" "$@"; } # the bundle's own
+site() { [ ! -e "$WORK/unpack.sh" ] || unpacker --path "$1"; }
 export VLLM_SITE=$(site vllm) SGLANG_SITE=$(site sglang)
 export PYTHONPATH=$WORK/src/src:$WORK/engines/stackrace HYDRA_FULL_ERROR=1
 bench=(python3 -m stackrace bench --config-dir "$HERE/conf" experiment=h200_dsv2_lite
@@ -53,7 +54,7 @@ wait_for() { # NAME SECONDS: until it has ended, or for so long
 
 case ${1:-} in
 unpack)
-  mkdir -p "$WORK/engines/$2" && cat "$3/$2".part* | tar -xz -C "$WORK/engines/$2" && du -sh "$WORK/engines/$2" ;;
+  mkdir -p "$WORK" && cp "$3/unpack.sh" "$WORK/" && unpacker "$2" "$3" ;;
 model)
   copy; name=${2:-dsv2_lite}; mkdir -p "$MODELS"
   [ -d "$MODELS/$name-seed0" ] || in_background model \
