@@ -138,8 +138,11 @@ def test_gauges_and_processes_of_every_engine_are_on_the_runs_clock(folder, swep
     for run in runs(folder, SWEEP):
         told = run.meta["telemetry"]["sources"]
         assert told["gauges"] == told["processes"] == "ok", (run.meta["point"]["stack"], told)
+        names = set(run.telemetry["name"])
+        assert names >= {"kv_cache_usage", "requests_waiting", "generation_tokens", "cpu_seconds", "rss"}
+        assert ("requests_running" in names) == (run.meta["point"]["stack"] != "sglang_cpu")
         summary, concurrency = run.meta["summary"], run.meta["point"]["concurrency"]
-        if run.records["end"].max() > 1e9:  # long enough for readings within it
+        if run.records["end"].max() > 1.5e9:  # long enough for the five readings that a mean is taken from
             assert ("engine_batch" in summary) == (run.meta["point"]["stack"] != "sglang_cpu")
             assert 0 <= summary.get("engine_batch", {"run": 0})["run"] <= concurrency
             assert summary["engine_memory"]["run"] > 1e8
