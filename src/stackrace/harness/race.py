@@ -28,7 +28,7 @@ from stackrace.harness.telemetry.sampler import Sampler
 from stackrace.harness.telemetry.sources import sources
 from stackrace.harness.types import Endpoint, Request
 from stackrace.harness.validity import judge
-from stackrace.harness.verify.checks import Checks, prepare
+from stackrace.harness.verify.checks import Checks
 from stackrace.harness.warmup import WarmUp
 
 _REFRESH = 0.25
@@ -133,7 +133,7 @@ class _Run:
 
     def _verified(self, garage: Garage, checks: Checks) -> Engine:
         """Launch, and find out whether it computes what the weights say."""
-        exam = prepare(self._point.backend, self._point.config)
+        exam = checks.exam(self._point.backend, self._point.config)
         if exam is not None:
             self._say("judging what is right")
             checks.judge(exam, self._point.cores.engine, garage.close)

@@ -1,5 +1,6 @@
 """Checks of equivalence, one a launch: the judge answers first, while no engine holds the memory, then the stack."""
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,8 +45,16 @@ class Checks:
     """The judge's answers as far as they were needed, and the verdicts on launches."""
 
     def __init__(self) -> None:
+        self._exams: dict[str, Exam | None] = {}
         self._judged: dict[Path, Judged | NoJudge] = {}
         self._verdicts: WeakKeyDictionary[Engine, dict[Path, Equivalence]] = WeakKeyDictionary()
+
+    def exam(self, backend: Backend, config: Mapping[str, Any]) -> Exam | None:
+        """Like `prepare`, which reads checkpoint and tokenizer, once for all points that ask for the same."""
+        key = json.dumps([backend.checkpoint, backend.max_model_len, config["results"], config["verify"]])
+        if key not in self._exams:
+            self._exams[key] = prepare(backend, config)
+        return self._exams[key]
 
     def judge(self, exam: Exam, cores: Sequence[int], make_room: Callable[[], object]) -> Judged | NoJudge:
         """The right answers, or why there are none; `make_room` is called before they are computed."""
