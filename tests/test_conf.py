@@ -21,6 +21,7 @@ OPTIONS = [(g, p.stem) for g in GROUPS for p in sorted((CONF / g).glob("*.yaml")
 DATA = Path(__file__).parent / "data"
 NEEDS = {  # what an option cannot do without
     "immediate": ["concurrency=2"],
+    "h100": ["hardware.load_generator_cores=1"],
     "h200": ["hardware.load_generator_cores=1"],
     "recorded": ["workload=mooncake", f"workload.path={DATA / 'mooncake.jsonl'}"],
     "mooncake": ["arrival=recorded", f"workload.path={DATA / 'mooncake.jsonl'}"],

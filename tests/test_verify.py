@@ -245,3 +245,8 @@ def test_a_stack_that_refuses_is_quoted_without_secrets(tiny: World) -> None:
 def test_settings_are_checked(key: str, value: object) -> None:
     with pytest.raises(UsageError, match=f"verify.{key}="):
         parse(SHORT | {key: value})
+
+
+def test_settings_of_a_check_that_nobody_makes() -> None:
+    with pytest.raises(UsageError, match=r"verify lacks seed, .*, timeout: leave verify\.\* out with verify=none"):
+        parse({"device": "cpu"})

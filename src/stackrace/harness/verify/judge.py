@@ -4,6 +4,7 @@ Its cache holds every head's keys and values, and prompts are read whole: neithe
 sequences' pages stand between it and the textbook. tests/test_verify.py holds it to transformers.
 """
 
+import gc
 import json
 import os
 import sys
@@ -46,26 +47,29 @@ class Judge:
         model = Model(config, kind, questions.longest, dtype, device)
         weights.load(checkpoint, model.destinations())
         self._questions = questions
-        self._pages = cache.num_pages_for(questions.longest)
-        caches = cache.allocate(config, kind, self._pages * len(questions.prompts), dtype, device)
+        self._pages = cache.num_pages_for(max(map(len, questions.prompts)) + questions.greedy_tokens)  # of one prompt
+        together = self._pages * len(questions.prompts)
+        caches = cache.allocate(config, kind, max(together, cache.num_pages_for(questions.longest)), dtype, device)
         self._runner = Runner(model, caches, device)
 
     def after(self) -> Array:
         """Log-probabilities of whatever follows each prefix, [prefixes, vocabulary]."""
         prefixes = self._questions.prefixes
-        return np.stack([self._next([self._sequence(prefix, 0)])[0].cpu().numpy() for prefix in prefixes])
+        asked = (self._sequence(prefix, range(cache.num_pages_for(len(prefix)))) for prefix in prefixes)
+        return np.stack([self._next([sequence])[0].cpu().numpy() for sequence in asked])
 
     def outputs(self) -> dict[str, Array]:
         """Of each prompt and greedy step the token in `outputs`, and the likeliest in `tops` and `likely`."""
-        sequences = [self._sequence(prompt, index) for index, prompt in enumerate(self._questions.prompts)]
+        each = [range(n * self._pages, (n + 1) * self._pages) for n in range(len(self._questions.prompts))]
+        sequences = [self._sequence(*pair) for pair in zip(self._questions.prompts, each, strict=True)]
         first = torch.cat([self._next([sequence]) for sequence in sequences])
         tops, likely = zip(*self._decode(sequences, first), strict=True)
         outputs = np.array([s.tokens[len(s.prompt) :] for s in sequences])
         return {"outputs": outputs, "tops": np.stack(tops, axis=1), "likely": np.stack(likely, axis=1)}
 
-    def _sequence(self, prompt: Many[int], place: int) -> Sequence:
-        sequence = Sequence(str(place), prompt, self._questions.greedy_tokens, _GREEDY, frozenset())
-        sequence.pages = list(range(place * self._pages, (place + 1) * self._pages))
+    def _sequence(self, prompt: Many[int], pages: range) -> Sequence:
+        sequence = Sequence(str(pages.start), prompt, self._questions.greedy_tokens, _GREEDY, frozenset())
+        sequence.pages = list(pages)
         return sequence
 
     def _next(self, sequences: Many[Sequence]) -> Tensor:
@@ -104,7 +108,9 @@ def answers(checkpoint: Checkpoint, questions: Questions, device: torch.device) 
     """`after` and `outputs` in float32, and `noise`: |what bfloat16 changes|, [prefixes, its likeliest tokens]."""
     exact = Judge(checkpoint, questions, device, torch.float32)
     right = {"after": exact.after(), **exact.outputs()}
-    del exact  # before the next one takes memory
+    del exact  # and its memory given back, before the next one asks what is free
+    gc.collect()
+    torch.cuda.empty_cache()
     rounded = Judge(checkpoint, questions, device, torch.bfloat16).after()
     named = np.argsort(-rounded, axis=-1)[:, : questions.logprobs]
     changed = np.take_along_axis(rounded, named, -1) - np.take_along_axis(right["after"], named, -1)

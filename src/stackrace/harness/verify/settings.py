@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from stackrace.harness.errors import require
+from stackrace.harness.errors import UsageError, require
 
 _COUNTS = ("prefixes", "shortest", "longest", "greedy", "greedy_tokens", "logprobs", "concurrency")
 _NUMBERS = ("mean_limit", "worst_limit", "gap_limit", "noise_factor", "timeout")
@@ -33,7 +33,10 @@ class Settings(NamedTuple):
 
 def parse(node: Mapping[str, Any]) -> Settings:
     """The `verify` of a resolved configuration. UsageError for a value that cannot be."""
-    settings = Settings(**node)
+    missing = [name for name in Settings._fields if name not in node]
+    if missing:
+        raise UsageError(f"verify lacks {', '.join(missing)}: leave verify.* out with verify=none, or choose verify=short")
+    settings = Settings(**{name: node[name] for name in Settings._fields})
     for name in _COUNTS:
         require(f"verify.{name}", getattr(settings, name), int, lambda v: v > 0, "a whole number above 0")
     for name in _NUMBERS:

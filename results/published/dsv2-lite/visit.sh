@@ -4,37 +4,40 @@
 #   visit.sh unpack NAME FOLDER   FOLDER/NAME.part*, by FOLDER/unpack.sh (stackrace engine bundle) -> $WORK/engines/NAME
 #   visit.sh model [NAME]         the seeded checkpoint, computed on the GPU into $MODELS; in the background
 #   visit.sh trial BACKEND        one small point, in the background: that it starts, and its compilation is kept
-#   visit.sh race SECONDS NAME [...]   starts or goes on with a sweep (first, mla_off, attention, context, rates), in the
-#                                 background; waits that long and says where it is
-#   visit.sh anchor SECONDS       the point that every visit has
+#   visit.sh race SECONDS NAME [...]   starts or goes on with a sweep (first, mla_off, attention, context, rates; anchor,
+#                                 the point that every visit has), in the background; waits that long and says where it is
 #   visit.sh state                GPU, clocks, power, processes: what stands beside every figure
 #   visit.sh wait NAME SECONDS    the end of a background step (model, trial-BACKEND, race), and what it printed last
 #   visit.sh pack PREFIX          results so far as PREFIX.00 ..., parts of a gzipped tar; without the prompts, which
 #                                 follow from the seed and whose hash stays
-#   visit.sh curate PREFIX        where there is a network again: PREFIX.* -> runs/ beside this script, whole points only,
-#                                 without logs and with ~ for the home folder, and report.html
+#   visit.sh curate PREFIX        where there is a network again: PREFIX.* -> ../SWEEP/runs for each sweep, whole points
+#                                 only, without logs and with ~ for the home folder, and ../SWEEP/report.html
 #
+# Each sweep is named after the card that it ran on: h100-dsv2-lite, h200-mla-off and so on.
 # The machine has Python 3.12, torch 2.11 for CUDA 13 and triton 3.6; all else comes in bundles.
 set -euo pipefail
 WORK=${WORK:-$HOME/visit}
 MODELS=${MODELS:-/dev/shm/models}
-HERE=$WORK/src/results/published/h200-dsv2-lite
+CARD=${CARD:-$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -1 | grep -oiE 'h[12]00' | tr HN hn || true)}
+HERE=$WORK/src/results/published/dsv2-lite
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../../.." && pwd)
 
 unpacker() { STACKRACE_ENGINES=$WORK/engines bash "$WORK/unpack.sh" "$@"; } # the bundle's own
 site() { [ ! -e "$WORK/unpack.sh" ] || unpacker --path "$1"; }
 export VLLM_SITE=$(site vllm) SGLANG_SITE=$(site sglang)
 export PYTHONPATH=$WORK/src/src:$WORK/engines/stackrace HYDRA_FULL_ERROR=1
-bench=(python3 -m stackrace bench --config-dir "$HERE/conf" experiment=h200_dsv2_lite
+bench=(python3 -m stackrace bench --config-dir "$HERE/conf" experiment=dsv2_lite hardware="$CARD"
   models="$MODELS" results="$WORK/results" ++backend.check_flags=false) # its parser has read them: visit.sh trial
 declare -A SWEEPS=( # what each further visit asks; each visit has the anchor, too
-  [first]=""
-  [mla_off]="sweep=h200-mla-off backend=vllm_h200,vllm_mha_h200 concurrency=1,4,16,64"
-  [attention]="sweep=h200-attention backend=vllm_h200,vllm_flashmla_h200,vllm_triton_h200,sglang_flashmla_h200,sglang_triton_h200 concurrency=1,16,64"
-  [context]="sweep=h200-context concurrency=1,16 lengths.input.tokens=1024,8192,32000 stop.rounds=2"
-  [rates]="sweep=h200-rates arrival=poisson concurrency=null stop.requests=null stop.seconds=30 arrival.rate=2,4,8,16,24,32,40"
+  [first]="sweep=$CARD-dsv2-lite"
+  [mla_off]="sweep=$CARD-mla-off backend=vllm_hopper,vllm_mha_hopper concurrency=1,4,16,64"
+  [attention]="sweep=$CARD-attention backend=vllm_hopper,vllm_flashmla_hopper,vllm_triton_hopper,sglang_flashmla_hopper,sglang_triton_hopper concurrency=1,16,64"
+  [context]="sweep=$CARD-context concurrency=1,16 lengths.input.tokens=1024,8192,32000 stop.rounds=2"
+  [rates]="sweep=$CARD-rates arrival=poisson concurrency=null stop.requests=null stop.seconds=30 arrival.rate=2,4,8,16,24,32,40"
+  [anchor]="sweep=$CARD-anchor backend=vllm_hopper concurrency=16"
 )
 
+on_a_card() { [ -n "$CARD" ] || { echo "no H100 or H200 here: set CARD to another name of conf/hardware" >&2; exit 2; }; }
 # A copy: what the checkout holds may change while a race runs.
 copy() { [ -d "$WORK/src" ] || { mkdir -p "$WORK/src" && tar -C "$ROOT" -c src results pyproject.toml | tar -xC "$WORK/src"; }; }
 in_background() { # NAME command...: keeps running when this step ends; its output in $WORK/NAME.log
@@ -60,12 +63,10 @@ model)
   [ -d "$MODELS/$name-seed0" ] || in_background model \
     python3 -m stackrace model make "$name" --seed 0 --out "$MODELS/$name-seed0" --device ${DEVICE:-cuda} ;;
 trial)
-  copy; in_background "trial-$2" "${bench[@]}" ++backend.check_flags=true sweep=trial backend="$2" concurrency=4 repeat=0 ;;
+  on_a_card; copy; in_background "trial-$2" "${bench[@]}" ++backend.check_flags=true sweep=trial backend="$2" concurrency=4 repeat=0 ;;
 race)
-  copy; seconds=$2; read -ra asked <<<"${SWEEPS[$3]}"; shift 3
+  on_a_card; copy; seconds=$2; read -ra asked <<<"${SWEEPS[$3]}"; shift 3
   in_background race "${bench[@]}" "${asked[@]}" "$@"; wait_for race "$seconds" ;;
-anchor)
-  copy; in_background race "${bench[@]}" sweep=h200-anchor backend=vllm_h200 concurrency=16; wait_for race "$2" ;;
 wait)
   wait_for "$2" "$3" ;;
 state)
@@ -74,13 +75,18 @@ state)
 pack)
   (cd "$WORK" && tar -cf - --exclude=schedule.parquet results ./*.log) | gzip -6 | split -d -b 15M - "$2."; ls -l "$2".* ;;
 curate)
-  there=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd); tmp=$(mktemp -d); cat "$2".* | tar -xz -C "$tmp"; rm -rf "$there/runs"; mkdir "$there/runs"
-  for run in $(grep -l '"status": "ok"' "$tmp"/results/h200-dsv2-lite/*/run.json); do
-    key=$(dirname "$run"); mkdir "$there/runs/${key##*/}"
-    cp "$key"/{run.json,config.yaml,requests.parquet,telemetry.parquet} "$there/runs/${key##*/}/"
+  published=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd); tmp=$(mktemp -d); cat "$2".* | tar -xz -C "$tmp"
+  for sweep in "$tmp"/results/*/; do
+    ls "$sweep"/*/run.json >/dev/null 2>&1 || continue # the judge's answers
+    there=$published/$(basename "$sweep"); rm -rf "$there/runs"; mkdir -p "$there/runs"
+    for run in $(grep -l '"status": "ok"' "$sweep"/*/run.json); do
+      key=$(dirname "$run"); mkdir "$there/runs/${key##*/}"
+      cp "$key"/{run.json,config.yaml,requests.parquet,telemetry.parquet} "$there/runs/${key##*/}/"
+    done
+    sed -i 's#/[^" :]*/visit\b#~/visit#g; s#"/[^" ]*/bin/python3"#"python3"#g' "$there"/runs/*/{run.json,config.yaml}
+    stackrace report "$there/runs" -o "$there/report.html"
   done
-  sed -i 's#/[^" :]*/visit\b#~/visit#g; s#"/[^" ]*/bin/python3"#"python3"#g' "$there"/runs/*/{run.json,config.yaml}
-  rm -rf "$tmp"; stackrace report "$there/runs" -o "$there/report.html" ;;
+  rm -rf "$tmp" ;;
 *)
-  sed -n '2,20s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 2 ;;
+  sed -n '2,19s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 2 ;;
 esac
