@@ -248,5 +248,5 @@ def test_settings_are_checked(key: str, value: object) -> None:
 
 
 def test_settings_of_a_check_that_nobody_makes() -> None:
-    with pytest.raises(UsageError, match=r"verify lacks seed, .*, timeout: leave verify\.\* out with verify=none"):
+    with pytest.raises(UsageError, match=r"verify lacks seed, .*, timeout: with verify=none leave verify"):
         parse({"device": "cpu"})

@@ -35,7 +35,7 @@ def parse(node: Mapping[str, Any]) -> Settings:
     """The `verify` of a resolved configuration. UsageError for a value that cannot be."""
     missing = [name for name in Settings._fields if name not in node]
     if missing:
-        raise UsageError(f"verify lacks {', '.join(missing)}: leave verify.* out with verify=none, or choose verify=short")
+        raise UsageError(f"verify lacks {', '.join(missing)}: with verify=none leave verify.* out")
     settings = Settings(**{name: node[name] for name in Settings._fields})
     for name in _COUNTS:
         require(f"verify.{name}", getattr(settings, name), int, lambda v: v > 0, "a whole number above 0")
