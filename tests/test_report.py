@@ -57,6 +57,7 @@ def write(tmp_path):
             "input_tokens": float(context),
             "output_tokens": float(OUTPUT),
             "repeat": repeat,
+            "division": more.get("division"),
         }
         schedule = {"hash": more.get("schedule", f"{rate}-{context}-{repeat}"), "requests": requests}
         backend = {"command": ["serve", "--flag", "a b"], "version": "1.2.3", "fingerprint": more.get("print", "f")}
@@ -420,6 +421,15 @@ def test_a_newer_schema_is_a_usage_error(write, tmp_path):
     meta.write_text(meta.read_text().replace('"schema_version": 1', '"schema_version": 99'))
     with pytest.raises(UsageError, match="upgrade stackrace"):
         build([tmp_path / "results"], tmp_path / "report.html")
+
+
+def test_stacks_of_different_divisions_share_no_chart_and_each_section_names_its_own(write, page):
+    for stack, division in (("a", "tuned"), ("b", "tuned"), ("c", "matched"), ("d", None)):
+        write(stack, division=division)
+    html = page()
+    assert html.count('<p class="answer">') == 3
+    told = ("each stack tuned", "stacks with equal settings")
+    assert [html.count(f"<span>{words}</span>") for words in told] == [1, 1]
 
 
 def test_paths_that_overlap_count_once(write, tmp_path):

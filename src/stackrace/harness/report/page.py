@@ -27,6 +27,7 @@ from stackrace.harness.summary import metrics
 
 TITLED = ("model.name", "workload.name", "arrival.name")
 ASSETS = resources.files("stackrace.harness.report")
+DIVISIONS = {"matched": "stacks with equal settings", "tuned": "each stack tuned"}
 
 
 class Section(NamedTuple):
@@ -106,6 +107,7 @@ def _facts(setting: Setting, named: set[str]) -> list[str]:
     """What the points of a setting share, and the configuration (the keys `named`) that sets it apart from others."""
     arrival = "closed loop" if setting.closed else f"{setting.arrival} arrivals"
     facts = [arrival, f"{exact(setting.output_tokens)} output tokens", f"on {setting.machine}"]
+    facts += [DIVISIONS[setting.division]] if setting.division in DIVISIONS else []
     facts += [] if setting.cap is None else [f"at most {setting.cap:,} in flight"]
     return facts + [f"{key}={value}" for key, value in setting.fixed if key in named and key not in TITLED]
 

@@ -45,6 +45,7 @@ class Setting(NamedTuple):
     closed: bool
     cap: int | None  # of requests in flight, where the rate is what was swept
     output_tokens: float | None
+    division: str  # matched or tuned
     machine: str
     fixed: Leaves  # of the configuration
 
@@ -146,6 +147,7 @@ def _setting(run: StoredRun, asked: Mapping[str, Any], closed: bool) -> Setting:
         closed=closed,
         cap=None if closed or cap is None else int(cap),
         output_tokens=_number(asked.get("output_tokens")),
+        division=str(asked.get("division") or UNKNOWN),
         machine=_machine(run.meta.get("provenance") or {}),
         fixed=fixed(run.config or {}),
     )
