@@ -165,6 +165,10 @@ def test_inherited_variables_that_change_engines_are_told_and_make_another_stack
     after = plan(compose("backend=vllm", models, *fake_vllm))
     assert after.backend.environment()["VLLM_ATTENTION_BACKEND"] == "X"
     assert after.fingerprint != before.fingerprint
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    elsewhere = plan(compose("backend=vllm", models, *fake_vllm))
+    assert elsewhere.backend.environment()["CUDA_VISIBLE_DEVICES"] == "1"
+    assert elsewhere.fingerprint == after.fingerprint, "the same stack, on another of the machine's GPUs"
 
 
 def test_an_environment_without_the_engine_is_refused(compose, models):

@@ -4,42 +4,55 @@
 #   visit.sh unpack NAME FOLDER   FOLDER/NAME.part*, by FOLDER/unpack.sh (stackrace engine bundle) -> $WORK/engines/NAME
 #   visit.sh model [NAME]         the seeded checkpoint, computed on the GPU into $MODELS; in the background
 #   visit.sh trial BACKEND        one small point, in the background: that it starts, and its compilation is kept
-#   visit.sh race SECONDS NAME [...]   starts or goes on with a sweep (first, mla_off, attention, context, rates; anchor,
-#                                 the point that every visit has), in the background; waits that long and says where it is
+#   visit.sh race SECONDS NAME[,NAME] [...]   starts or goes on with sweeps (first, tune, mla_off, attention, context, rates,
+#                                 anchor: the point that every visit has), one after the other, in the background; waits
+#                                 that long and says where it is
+#   visit.sh wait NAME SECONDS    the end of a background step (model, trial-BACKEND, race-0), and what it printed last
 #   visit.sh state                GPU, clocks, power, processes: what stands beside every figure
-#   visit.sh wait NAME SECONDS    the end of a background step (model, trial-BACKEND, race), and what it printed last
 #   visit.sh pack PREFIX          results so far as PREFIX.00 ..., parts of a gzipped tar; without the prompts, which
 #                                 follow from the seed and whose hash stays
 #   visit.sh curate PREFIX        where there is a network again: PREFIX.* -> ../SWEEP/runs for each sweep, whole points
 #                                 only, without logs and with ~ for the home folder, and ../SWEEP/report.html
 #
+# With several GPUs, GPU=1 visit.sh race ... has GPU 1 and its share of the cores, caches and results to itself.
 # Each sweep is named after the card that it ran on: h100-dsv2-lite, h200-mla-off and so on.
 # The machine has Python 3.12, torch 2.11 for CUDA 13 and triton 3.6; all else comes in bundles.
 set -euo pipefail
-WORK=${WORK:-$HOME/visit}
-MODELS=${MODELS:-/dev/shm/models}
-CARD=${CARD:-$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -1 | grep -oiE 'h[12]00' | tr HN hn || true)}
-HERE=$WORK/src/results/published/dsv2-lite
+export WORK=${WORK:-$HOME/visit} MODELS=${MODELS:-/dev/shm/models} GPU=${GPU:-0}
+cards=$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null || true)
+export CARD=${CARD:-$(head -1 <<<"$cards" | grep -oiE 'h[12]00' | tr HN hn || true)}
+export VISIT=$WORK/src/results/published/dsv2-lite # a copy: what the checkout holds may change while a race runs
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../../.." && pwd)
 
 unpacker() { STACKRACE_ENGINES=$WORK/engines bash "$WORK/unpack.sh" "$@"; } # the bundle's own
 site() { [ ! -e "$WORK/unpack.sh" ] || unpacker --path "$1"; }
 export VLLM_SITE=$(site vllm) SGLANG_SITE=$(site sglang)
 export PYTHONPATH=$WORK/src/src:$WORK/engines/stackrace HYDRA_FULL_ERROR=1
-bench=(python3 -m stackrace bench --config-dir "$HERE/conf" experiment=dsv2_lite hardware="$CARD"
-  models="$MODELS" results="$WORK/results" ++backend.check_flags=false) # its parser has read them: visit.sh trial
-declare -A SWEEPS=( # what each further visit asks; each visit has the anchor, too
+declare -A SWEEPS=(
   [first]="sweep=$CARD-dsv2-lite"
+  [tune]="sweep=$CARD-tune backend=sglang_hopper,sglang_workers_hopper,vllm_hopper,vllm_workers_hopper concurrency=64,256 repeat=0"
   [mla_off]="sweep=$CARD-mla-off backend=vllm_hopper,vllm_mha_hopper concurrency=1,4,16,64"
-  [attention]="sweep=$CARD-attention backend=vllm_hopper,vllm_flashmla_hopper,vllm_triton_hopper,sglang_flashmla_hopper,sglang_triton_hopper concurrency=1,16,64"
+  [attention]="sweep=$CARD-attention backend=vllm_flashmla_hopper,vllm_triton_hopper,sglang_flashmla_hopper,sglang_triton_hopper concurrency=1,16,64"
   [context]="sweep=$CARD-context concurrency=1,16 lengths.input.tokens=1024,8192,32000 stop.rounds=2"
   [rates]="sweep=$CARD-rates arrival=poisson concurrency=null stop.requests=null stop.seconds=30 arrival.rate=2,4,8,16,24,32,40"
   [anchor]="sweep=$CARD-anchor backend=vllm_hopper concurrency=16"
 )
 
-on_a_card() { [ -n "$CARD" ] || { echo "no H100 or H200 here: set CARD to another name of conf/hardware" >&2; exit 2; }; }
-# A copy: what the checkout holds may change while a race runs.
-copy() { [ -d "$WORK/src" ] || { mkdir -p "$WORK/src" && tar -C "$ROOT" -c src results pyproject.toml | tar -xC "$WORK/src"; }; }
+bench() { # of the sweeps' own settings, then what is asked
+  local alone=() count share
+  count=$(wc -l <<<"$cards")
+  if [ "$count" -gt 1 ]; then
+    share=$(($(nproc --all) / count))
+    alone=(env "CUDA_VISIBLE_DEVICES=$GPU" "HOME=$WORK/home-$GPU" taskset -c "$((GPU * share))-$(((GPU + 1) * share - 1))")
+    mkdir -p "$WORK/home-$GPU"
+  fi
+  "${alone[@]}" python3 -m stackrace bench --config-dir "$VISIT/conf" experiment=dsv2_lite hardware="$CARD" \
+    models="$MODELS" results="$WORK/results/gpu$GPU" "$@"
+}
+prepare() {
+  [ -n "$CARD" ] || { echo "no H100 or H200 here: set CARD to another name of conf/hardware" >&2; exit 2; }
+  [ -d "$WORK/src" ] || { mkdir -p "$WORK/src" && tar -C "$ROOT" -c src results/published/dsv2-lite pyproject.toml | tar -xC "$WORK/src"; }
+}
 in_background() { # NAME command...: keeps running when this step ends; its output in $WORK/NAME.log
   local name=$1; shift
   if is_running "$name"; then echo "$name runs already"; return; fi
@@ -59,27 +72,32 @@ case ${1:-} in
 unpack)
   mkdir -p "$WORK" && cp "$3/unpack.sh" "$WORK/" && unpacker "$2" "$3" ;;
 model)
-  copy; name=${2:-dsv2_lite}; mkdir -p "$MODELS"
+  prepare; name=${2:-dsv2_lite}; mkdir -p "$MODELS"
   [ -d "$MODELS/$name-seed0" ] || in_background model \
     python3 -m stackrace model make "$name" --seed 0 --out "$MODELS/$name-seed0" --device ${DEVICE:-cuda} ;;
 trial)
-  on_a_card; copy; in_background "trial-$2" "${bench[@]}" ++backend.check_flags=true sweep=trial backend="$2" concurrency=4 repeat=0 ;;
+  prepare; in_background "trial-$2" bash "$VISIT/visit.sh" run_trial "${@:2}" ;;
+run_trial)
+  bench sweep=trial backend="$2" concurrency=4 repeat=0 verify=none common.kv_cache_memory_bytes=2147483648 "${@:3}" ;;
 race)
-  on_a_card; copy; seconds=$2; read -ra asked <<<"${SWEEPS[$3]}"; shift 3
-  in_background race "${bench[@]}" "${asked[@]}" "$@"; wait_for race "$seconds" ;;
+  prepare; in_background "race-$GPU" bash "$VISIT/visit.sh" run_sweeps "${@:3}"; wait_for "race-$GPU" "$2" ;;
+run_sweeps)
+  for name in ${2//,/ }; do # one that fails does not take the next along; a trial's parser has read the flags
+    read -ra asked <<<"${SWEEPS[$name]}"; bench ++backend.check_flags=false "${asked[@]}" "${@:3}" || echo "$name: exit code $?"
+  done ;;
 wait)
   wait_for "$2" "$3" ;;
 state)
-  nvidia-smi --query-gpu=name,driver_version,memory.used,power.draw,power.limit,clocks.sm,clocks.mem,temperature.gpu,clocks_event_reasons.active --format=csv
+  nvidia-smi --query-gpu=index,name,driver_version,memory.used,power.draw,power.limit,clocks.sm,clocks.mem,temperature.gpu,clocks_event_reasons.active --format=csv
   nvidia-smi --query-compute-apps=pid,used_memory --format=csv,noheader; nproc; free -g | head -2; df -h /dev/shm | tail -1 ;;
-pack)
-  (cd "$WORK" && tar -cf - --exclude=schedule.parquet results ./*.log) | gzip -6 | split -d -b 15M - "$2."; ls -l "$2".* ;;
+pack) # what runs may grow meanwhile: tar's exit code 1
+  (cd "$WORK" && { tar -cf - --exclude=schedule.parquet results ./*.log || [ $? = 1 ]; }) | gzip -6 | split -d -b 15M - "$2."; ls -l "$2".* ;;
 curate)
   published=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd); tmp=$(mktemp -d); cat "$2".* | tar -xz -C "$tmp"
-  for sweep in "$tmp"/results/*/; do
-    ls "$sweep"/*/run.json >/dev/null 2>&1 || continue # the judge's answers
-    there=$published/$(basename "$sweep"); rm -rf "$there/runs"; mkdir -p "$there/runs"
-    for run in $(grep -l '"status": "ok"' "$sweep"/*/run.json); do
+  for sweep in $(cd "$tmp/results" && ls -d gpu*/*/ | xargs -n1 basename | sort -u); do
+    runs=$(grep -l '"status": "ok"' "$tmp"/results/gpu*/"$sweep"/*/run.json || true); [ -n "$runs" ] || continue
+    there=$published/$sweep; rm -rf "$there/runs"; mkdir -p "$there/runs"
+    for run in $runs; do
       key=$(dirname "$run"); mkdir "$there/runs/${key##*/}"
       cp "$key"/{run.json,config.yaml,requests.parquet,telemetry.parquet} "$there/runs/${key##*/}/"
     done
@@ -88,5 +106,5 @@ curate)
   done
   rm -rf "$tmp" ;;
 *)
-  sed -n '2,19s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 2 ;;
+  sed -n '2,21s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 2 ;;
 esac

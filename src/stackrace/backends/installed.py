@@ -26,6 +26,7 @@ from importlib.metadata import distributions
 print(json.dumps({d.metadata["Name"]: d.version for d in distributions()}))
 """
 _INHERITED = ("VLLM_", "SGLANG_", "SGL_", "CUDA_", "NCCL_", "TORCH", "TRITON_", "OMP_", "MKL_", "FLASHINFER_")
+_WHICH_GPU = "CUDA_VISIBLE_DEVICES"  # not what runs there
 _PARSE = """
 import argparse, runpy, sys
 start, module, *words = sys.argv[1:]
@@ -121,8 +122,8 @@ class Installed(Backend):
         return {**inherited, "PYTHONPATH": "", **super().environment()}
 
     def fingerprint(self) -> str:
-        """With the variables that it inherits."""
-        variables = {n: v for n, v in self.environment().items() if n.startswith(_INHERITED)}
+        """With the variables that it inherits, but for which of a machine's GPUs it has."""
+        variables = {n: v for n, v in self.environment().items() if n.startswith(_INHERITED) and n != _WHICH_GPU}
         text = json.dumps([super().fingerprint(), variables], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
