@@ -1,7 +1,7 @@
 """Start SGLang as its own module does, from a main module that imports nothing.
 
-Each of its HTTP workers (--tokenizer-worker-num) imports the main module before anything else, and uvicorn ends one that
-has not answered within 5 s. SGLang's own main module takes longer than that to import on a slow host.
+Each of its HTTP workers (--tokenizer-worker-num) imports the main module first, and uvicorn ends one that has not
+answered within 5 s. SGLang's own main module takes longer than that to import on a slow host.
 """
 
 import os
