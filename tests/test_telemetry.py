@@ -1,5 +1,6 @@
 """Telemetry: each source alone, the sampler over them, and what a run keeps."""
 
+import os
 import subprocess
 import sys
 import time
@@ -124,6 +125,18 @@ def test_processes_below_the_guardian_are_counted_and_those_that_ended_stay_in_t
         guardian.stdin.close()
     with pytest.raises(TelemetryError, match="the engine has ended"):
         source.read()
+
+
+def test_a_process_that_may_not_be_read_makes_the_source_absent(monkeypatch):
+    def refuse(process):
+        raise psutil.AccessDenied(process.pid)
+
+    with subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE) as child:
+        source = Processes(os.getpid())
+        monkeypatch.setattr(psutil.Process, "cpu_times", refuse)
+        with pytest.raises(TelemetryError, match=r"the engine's processes cannot be read: AccessDenied .*pid="):
+            source.read()
+        child.stdin.close()
 
 
 def test_vllms_page_by_common_names():
