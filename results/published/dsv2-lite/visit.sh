@@ -7,6 +7,7 @@
 #   visit.sh race SECONDS NAME[,NAME] [...]   starts or goes on with sweeps (first, tune, mla_off, attention, context, rates,
 #                                 anchor: the point that every visit has), one after the other, in the background; waits
 #                                 that long and says where it is
+#   visit.sh share                each GPU gets the kernels that the others compiled, while nothing runs
 #   visit.sh wait NAME SECONDS    the end of a background step (model, trial-BACKEND, race-0), and what it printed last
 #   visit.sh state                GPU, clocks, power, processes: what stands beside every figure
 #   visit.sh pack PREFIX          results so far as PREFIX.00 ..., parts of a gzipped tar; without the prompts, which
@@ -85,6 +86,10 @@ run_sweeps)
   for name in ${2//,/ }; do # one that fails does not take the next along; a trial's parser has read the flags
     read -ra asked <<<"${SWEEPS[$name]}"; bench ++backend.check_flags=false "${asked[@]}" "${@:3}" || echo "$name: exit code $?"
   done ;;
+share)
+  for from in "$WORK"/home-*; do
+    for to in "$WORK"/home-*; do [ "$from" = "$to" ] || cp -ru "$from/." "$to/"; done
+  done ;;
 wait)
   wait_for "$2" "$3" ;;
 state)
@@ -106,5 +111,5 @@ curate)
   done
   rm -rf "$tmp" ;;
 *)
-  sed -n '2,21s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 2 ;;
+  sed -n '2,22s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 2 ;;
 esac
