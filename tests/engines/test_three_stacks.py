@@ -59,7 +59,11 @@ def finish(start):
 
     def run(*words):
         process = start(*words)
-        out, err = process.communicate()
+        try:
+            out, err = process.communicate()
+        finally:  # where pytest's patience ends first, the next test has the machine to itself
+            process.terminate()
+            process.wait(60)
         return process.returncode, out, err
 
     return run
