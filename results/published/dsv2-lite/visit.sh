@@ -21,7 +21,7 @@
 set -euo pipefail
 export WORK=${WORK:-$HOME/visit} MODELS=${MODELS:-/dev/shm/models} GPU=${GPU:-0}
 cards=$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null || true)
-export CARD=${CARD:-$(head -1 <<<"$cards" | grep -oiE 'h[12]00' | tr HN hn || true)}
+export CARD=${CARD:-$(head -1 <<<"$cards" | grep -oE 'H[12]00' | tr H h || true)}
 export VISIT=$WORK/src/results/published/dsv2-lite # a copy: what the checkout holds may change while a race runs
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../../.." && pwd)
 
@@ -50,8 +50,8 @@ bench() { # of the sweeps' own settings, then what is asked
   "${alone[@]}" python3 -m stackrace bench --config-dir "$VISIT/conf" experiment=dsv2_lite hardware="$CARD" \
     models="$MODELS" results="$WORK/results/gpu$GPU" "$@"
 }
-prepare() {
-  [ -n "$CARD" ] || { echo "no H100 or H200 here: set CARD to another name of conf/hardware" >&2; exit 2; }
+on_a_card() { [ -n "$CARD" ] || { echo "no H100 or H200 here: set CARD to another name of conf/hardware" >&2; exit 2; }; }
+copy() {
   [ -d "$WORK/src" ] || { mkdir -p "$WORK/src" && tar -C "$ROOT" -c src results/published/dsv2-lite pyproject.toml | tar -xC "$WORK/src"; }
 }
 in_background() { # NAME command...: keeps running when this step ends; its output in $WORK/NAME.log
@@ -73,15 +73,15 @@ case ${1:-} in
 unpack)
   mkdir -p "$WORK" && cp "$3/unpack.sh" "$WORK/" && unpacker "$2" "$3" ;;
 model)
-  prepare; name=${2:-dsv2_lite}; mkdir -p "$MODELS"
+  copy; name=${2:-dsv2_lite}; mkdir -p "$MODELS"
   [ -d "$MODELS/$name-seed0" ] || in_background model \
     python3 -m stackrace model make "$name" --seed 0 --out "$MODELS/$name-seed0" --device ${DEVICE:-cuda} ;;
 trial)
-  prepare; in_background "trial-$2" bash "$VISIT/visit.sh" run_trial "${@:2}" ;;
+  on_a_card; copy; in_background "trial-$2" bash "$VISIT/visit.sh" run_trial "${@:2}" ;;
 run_trial)
   bench sweep=trial backend="$2" concurrency=4 repeat=0 verify=none common.kv_cache_memory_bytes=2147483648 "${@:3}" ;;
 race)
-  prepare; in_background "race-$GPU" bash "$VISIT/visit.sh" run_sweeps "${@:3}"; wait_for "race-$GPU" "$2" ;;
+  on_a_card; copy; in_background "race-$GPU" bash "$VISIT/visit.sh" run_sweeps "${@:3}"; wait_for "race-$GPU" "$2" ;;
 run_sweeps)
   for name in ${2//,/ }; do # one that fails does not take the next along; a trial's parser has read the flags
     read -ra asked <<<"${SWEEPS[$name]}"; bench ++backend.check_flags=false "${asked[@]}" "${@:3}" || echo "$name: exit code $?"

@@ -17,6 +17,7 @@ from stackrace.backends.base import Backend, flags
 from stackrace.backends.checkpoint import Checkpoint
 from stackrace.backends.running import Placement
 from stackrace.harness.errors import UsageError, require
+from stackrace.harness.host import VISIBLE_GPUS
 
 _LONGEST_PROBE = 180  # seconds, of an import on a cold disk
 _COUNTS = ("kv_cache_memory_bytes", "max_num_seqs", "max_num_batched_tokens", "tensor_parallel_size")
@@ -26,7 +27,6 @@ from importlib.metadata import distributions
 print(json.dumps({d.metadata["Name"]: d.version for d in distributions()}))
 """
 _INHERITED = ("VLLM_", "SGLANG_", "SGL_", "CUDA_", "NCCL_", "TORCH", "TRITON_", "OMP_", "MKL_", "FLASHINFER_")
-_WHICH_GPU = "CUDA_VISIBLE_DEVICES"  # not what runs there
 _PARSE = """
 import argparse, runpy, sys
 start, module, *words = sys.argv[1:]
@@ -123,7 +123,7 @@ class Installed(Backend):
 
     def fingerprint(self) -> str:
         """With the variables that it inherits, but for which of a machine's GPUs it has."""
-        variables = {n: v for n, v in self.environment().items() if n.startswith(_INHERITED) and n != _WHICH_GPU}
+        variables = {n: v for n, v in self.environment().items() if n.startswith(_INHERITED) and n != VISIBLE_GPUS}
         text = json.dumps([super().fingerprint(), variables], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from stackrace.harness.errors import UsageError
 
+VISIBLE_GPUS = "CUDA_VISIBLE_DEVICES"  # the variable that says which of the machine's GPUs a process may use
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 

@@ -2,10 +2,11 @@
 
 SGLang's CPU kernels are on no registry, so three stand-ins make its plain-torch path run: the operators' schemas below,
 the package in shim/, and the attention rule registered here. Spawned workers import this file again, so what stands
-outside of `main` reaches them too; for that reason this file is started, not `python -m sglang.launch_server`.
+outside of the last lines reaches them too; for that reason this file is started, not `python -m sglang.launch_server`.
 """
 
 import os
+import runpy
 import sys
 from pathlib import Path
 
@@ -26,20 +27,5 @@ from sglang.srt.models.deepseek_common.attention_forward_methods.forward_methods
 # torch_native reads the cache of latents, so a fresh prefill must take the absorbed form as well.
 AttentionBackendRegistry.register("torch_native", lambda attention, batch: AttnForwardMethod.MLA)
 
-
-def main() -> None:
-    """As SGLang's own module does, less what only a terminal needs."""
-    from sglang.launch_server import run_server
-    from sglang.srt.plugins import load_plugins
-    from sglang.srt.server_args import prepare_server_args
-    from sglang.srt.utils import kill_process_tree
-
-    load_plugins()
-    try:
-        run_server(prepare_server_args(sys.argv[1:]))
-    finally:
-        kill_process_tree(os.getpid(), include_parent=False)
-
-
 if __name__ == "__main__":
-    main()
+    runpy.run_module("sglang.launch_server", run_name="__main__")

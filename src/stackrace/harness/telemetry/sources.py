@@ -7,6 +7,7 @@ from urllib.parse import urlsplit
 
 from stackrace.backends.base import Backend
 from stackrace.harness.errors import TelemetryError
+from stackrace.harness.host import VISIBLE_GPUS
 from stackrace.harness.telemetry.gauges import Gauges
 from stackrace.harness.telemetry.gpu import GPUs, nvml
 from stackrace.harness.telemetry.processes import Processes
@@ -30,8 +31,7 @@ def _gpus(backend: Backend, endpoint: Endpoint) -> GPUs:
         raise TelemetryError("this stack uses none")
     if not _is_here(endpoint):
         raise TelemetryError("the engine runs on another machine")
-    variable = "CUDA_VISIBLE_DEVICES"
-    return GPUs(nvml(), backend.environment().get(variable, os.environ.get(variable)))
+    return GPUs(nvml(), backend.environment().get(VISIBLE_GPUS, os.environ.get(VISIBLE_GPUS)))
 
 
 def _processes(endpoint: Endpoint) -> Processes:

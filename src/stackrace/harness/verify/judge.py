@@ -5,6 +5,7 @@ sequences' pages stand between it and the textbook. tests/test_verify.py holds i
 """
 
 import gc
+import itertools
 import json
 import os
 import sys
@@ -60,8 +61,8 @@ class Judge:
 
     def outputs(self) -> dict[str, Array]:
         """Of each prompt and greedy step the token in `outputs`, and the likeliest in `tops` and `likely`."""
-        each = [range(n * self._pages, (n + 1) * self._pages) for n in range(len(self._questions.prompts))]
-        sequences = [self._sequence(*pair) for pair in zip(self._questions.prompts, each, strict=True)]
+        pages = (range(first, first + self._pages) for first in itertools.count(0, self._pages))
+        sequences = list(map(self._sequence, self._questions.prompts, pages))
         first = torch.cat([self._next([sequence]) for sequence in sequences])
         tops, likely = zip(*self._decode(sequences, first), strict=True)
         outputs = np.array([s.tokens[len(s.prompt) :] for s in sequences])

@@ -36,7 +36,7 @@ def parse(node: Mapping[str, Any]) -> Settings:
     missing = [name for name in Settings._fields if name not in node]
     if missing:
         raise UsageError(f"verify lacks {', '.join(missing)}: with verify=none leave verify.* out")
-    settings = Settings(**{name: node[name] for name in Settings._fields})
+    settings = Settings(**node)
     for name in _COUNTS:
         require(f"verify.{name}", getattr(settings, name), int, lambda v: v > 0, "a whole number above 0")
     for name in _NUMBERS:
