@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from server_kit import Json, ask, call, complete, metrics, offline, prompt, running, small, streaming, until
+from server_kit import PAGES, Json, ask, call, complete, metrics, offline, prompt, running, small, streaming, until
 
 from stackrace.backends.mla.server.metrics import COUNTERS, GAUGES, HISTOGRAMS
 
@@ -156,6 +156,8 @@ def test_every_metric_is_there(port: int) -> None:
             assert {"model_name": "tiny", "engine": "0"}.items() <= families[f"vllm:{name}"].samples[0].labels.items()
     for name in ("prompt_tokens", "generation_tokens", "request_success", "admission_rejections"):
         assert families[f"vllm:{name}"].type == "counter"
+    cache = families["vllm:cache_config_info"].samples[0].labels
+    assert (cache["block_size"], int(cache["num_gpu_blocks"])) == ("64", PAGES)
 
 
 def test_metrics_are_what_happened(port: int) -> None:

@@ -130,6 +130,7 @@ EXPECTED = {
     ("power_capped", "run"): 2 / 4,
     ("engine_batch", "run"): (1 + 2 + 2 + 3 + 1) / 5,
     ("kv_cache_peak", "run"): 0.6,
+    ("kv_cache_capacity", "run"): 4096,
     ("preemptions", "run"): 3,  # 5 - 2
     ("prefix_hits", "run"): 78 / 780,
     ("engine_cpu", "run"): 1.05 / 0.7,
@@ -145,6 +146,16 @@ def test_metric_by_hand(summary, stat):
 
 def test_every_metric_is_worked_out():
     assert {metric for metric, _ in EXPECTED} == set(metrics())
+
+
+def test_a_counter_that_comes_onto_the_page_within_the_window_began_at_0():
+    pages = {0: {"queries": 100}, 300: {"queries": 150, "hits": 30}, 800: {"queries": 200, "hits": 40}}
+    told = [
+        samples.Sample(ms * MS, "gauges", None, f"prefix_cache_{name}", value)
+        for ms, page in pages.items()
+        for name, value in page.items()
+    ]
+    assert summarize(golden(), {}, samples.frame(told, 0))["prefix_hits"]["run"] == 40 / 100
 
 
 def test_underpowered_percentiles_are_absent(summary):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from stackrace.backends.checkpoint import Checkpoint
+from stackrace.backends.gauges import Names
 from stackrace.backends.running import Engine, Placement
 from stackrace.harness.errors import UsageError, require
 from stackrace.harness.types import Endpoint
@@ -86,7 +87,7 @@ class Backend(ABC):
         own = {name: str(value) for name, value in self.env.items()}
         return {"PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1", **own}
 
-    def gauges(self) -> Mapping[str, str]:
+    def gauges(self) -> Names:
         """Common name (`stackrace.backends.gauges`) -> what its /metrics calls it; empty where it has no /metrics."""
         return {}
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from stackrace.backends.base import Backend, bearer, check_variables
+from stackrace.backends.gauges import Names
 from stackrace.backends.running import Attached, Engine, Placement
 from stackrace.harness.errors import UsageError
 
@@ -51,6 +52,6 @@ class External(Backend):
         """Those that variables are named for, and the key as a bearer token."""
         return {name: os.environ[variable] for name, variable in self.headers_env.items()} | bearer(self.api_key_env)
 
-    def gauges(self) -> Mapping[str, str]:
+    def gauges(self) -> Names:
         """Those that were named."""
         return self.gauge_names

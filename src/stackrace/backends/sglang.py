@@ -1,12 +1,11 @@
 """SGLang: the common settings in its own flags."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
 from stackrace.backends import checkpoint
-from stackrace.backends.gauges import SGLANG_GAUGES
+from stackrace.backends.gauges import SGLANG_GAUGES, Names
 from stackrace.backends.installed import Installed, Options
 from stackrace.harness.errors import UsageError
 
@@ -37,7 +36,7 @@ class SGLang(Installed):
         """Nothing is fetched."""
         return {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", **super().environment()}
 
-    def gauges(self) -> Mapping[str, str]:
+    def gauges(self) -> Names:
         """As this engine calls them."""
         return SGLANG_GAUGES
 

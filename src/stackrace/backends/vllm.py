@@ -1,11 +1,10 @@
 """vLLM: the common settings in its own flags."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from stackrace.backends.gauges import VLLM_GAUGES
+from stackrace.backends.gauges import VLLM_GAUGES, Names
 from stackrace.backends.installed import Installed, Options
 
 
@@ -29,7 +28,7 @@ class VLLM(Installed):
         caching = {"VLLM_SERVER_DEV_MODE": "1"} if self.enable_prefix_caching else {}
         return {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", **caching, **super().environment()}
 
-    def gauges(self) -> Mapping[str, str]:
+    def gauges(self) -> Names:
         """As this engine calls them."""
         return VLLM_GAUGES
 

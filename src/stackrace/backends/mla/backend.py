@@ -1,7 +1,6 @@
 """Our engine as a stack."""
 
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -11,7 +10,7 @@ import stackrace
 from stackrace.backends.architectures import kv_widths
 from stackrace.backends.base import Backend, bearer, check_variables, flags, source_hash
 from stackrace.backends.checkpoint import Checkpoint
-from stackrace.backends.gauges import VLLM_GAUGES
+from stackrace.backends.gauges import VLLM_GAUGES, Names
 from stackrace.backends.running import Placement
 from stackrace.harness.errors import UsageError, require
 
@@ -89,7 +88,7 @@ class MLA(Backend):
         }
         return [sys.executable, "-m", "stackrace.backends.mla.server", *flags(options)]
 
-    def gauges(self) -> Mapping[str, str]:
+    def gauges(self) -> Names:
         """Under vLLM's names."""
         return VLLM_GAUGES
 

@@ -51,6 +51,7 @@ class Stats(NamedTuple):
 
     num_running: int
     num_waiting: int
+    num_pages: int
     kv_cache_usage: float  # share of pages that somebody holds
     total_preemptions: int
     total_prefix_queries: int  # tokens looked for in the prefix cache
@@ -86,6 +87,7 @@ class Engine:
         return Stats(
             num_running=len(scheduler.running),
             num_waiting=len(scheduler.waiting),
+            num_pages=pool.num_pages,
             kv_cache_usage=(pool.num_pages - pool.num_free) / pool.num_pages,
             total_preemptions=scheduler.num_preemptions,
             total_prefix_queries=scheduler.num_queried,

@@ -1,14 +1,17 @@
 """The engine's own gauges and counters, from its /metrics in Prometheus' text format, under names common to all."""
 
+import contextlib
 import http.client
 import urllib.error
 import urllib.request
 from collections import defaultdict
-from collections.abc import Mapping
+from math import prod
 
 from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
 
 from stackrace.backends.asking import NO_PROXY
+from stackrace.backends.gauges import InLabels, Names
 from stackrace.harness.errors import TelemetryError
 from stackrace.harness.telemetry.source import Reading
 from stackrace.harness.types import Endpoint
@@ -21,7 +24,7 @@ class Gauges:
 
     name = "gauges"
 
-    def __init__(self, endpoint: Endpoint, names: Mapping[str, str], timeout: float) -> None:
+    def __init__(self, endpoint: Endpoint, names: Names, timeout: float) -> None:
         """`names` maps common names to the engine's; `timeout` in seconds. TelemetryError without a name."""
         if not names:
             raise TelemetryError("this stack names none")
@@ -33,7 +36,7 @@ class Gauges:
         """The numbers that are there; counters and counts are summed over labels, shares are the highest."""
         found = parse(self._text(), self._names)
         if not found:
-            raise TelemetryError(f"/metrics has none of {', '.join(self._names.values())}")
+            raise TelemetryError(f"/metrics has none of {', '.join(_of_series(self._names).values())}")
         return [Reading(name, value) for name, value in found.items()]
 
     def _text(self) -> str:
@@ -47,16 +50,30 @@ class Gauges:
             raise TelemetryError(f"{type(e).__name__}: {getattr(e, 'reason', e)}") from None
 
 
-def parse(text: str, names: Mapping[str, str]) -> dict[str, float]:
+def parse(text: str, names: Names) -> dict[str, float]:
     """Common name -> value, for those of `names` that the text has. TelemetryError if it is not Prometheus' format."""
-    wanted = tuple(f"{name}{end}" for name in set(names.values()) for end in "{ ")
+    series = _of_series(names)
+    wanted = tuple(f"{name}{end}" for name in set(series.values()) for end in "{ ")
     lines = "\n".join(line for line in text.splitlines() if line.startswith(wanted))  # a whole page takes 10 ms
     values: dict[str, list[float]] = defaultdict(list)
     try:
         for family in text_string_to_metric_families(lines + "\n"):
             for sample in family.samples:
-                values[sample.name].append(float(sample.value))
+                for name in (common for common, theirs in series.items() if theirs == sample.name):
+                    values[name] += _values(names[name], sample)
     except ValueError as e:
         raise TelemetryError(f"/metrics cannot be read: {e}") from None
-    there = {name: values[theirs] for name, theirs in names.items() if theirs in values}
-    return {name: max(found) if name in _SHARES else sum(found) for name, found in there.items()}
+    return {name: max(found) if name in _SHARES else sum(found) for name, found in values.items() if found}
+
+
+def _of_series(names: Names) -> dict[str, str]:
+    return {common: told.name if isinstance(told, InLabels) else told for common, told in names.items()}
+
+
+def _values(told: str | InLabels, sample: Sample) -> list[float]:
+    """One, or none where labels do not hold it (yet)."""
+    if not isinstance(told, InLabels):
+        return [float(sample.value)]
+    with contextlib.suppress(KeyError, ValueError):
+        return [prod(float(sample.labels[label]) for label in told.labels)]
+    return []

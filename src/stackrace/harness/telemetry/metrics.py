@@ -10,7 +10,7 @@ import numpy as np
 from stackrace.harness.observed import Observed, Window
 from stackrace.harness.settling import Floats
 from stackrace.harness.telemetry.gpu import POWER_CAP, THROTTLED
-from stackrace.harness.telemetry.series import Series, by_device, common_cover
+from stackrace.harness.telemetry.series import Series, by_device, common_cover, reading_times
 
 _FEWEST = 5  # readings in the window that a mean is taken from
 
@@ -61,6 +61,11 @@ def kv_cache_peak(run: Observed) -> float | None:
     return _highest(run, "gauges", "kv_cache_usage")
 
 
+def kv_cache_capacity(run: Observed) -> float | None:
+    """Tokens that the engine's KV cache holds, by its own word."""
+    return _highest(run, "gauges", "kv_cache_capacity")
+
+
 def preemptions(run: Observed) -> float | None:
     """Preemptions from the last reading before the window to the first one after it."""
     return _counted(run, "preemptions")
@@ -99,7 +104,13 @@ def _highest(run: Observed, source: str, name: str) -> float | None:
 
 
 def _counted(run: Observed, name: str) -> float | None:
-    return _over_devices(run, "gauges", name, Series.around, lambda v: float(v[-1] - v[0]) if len(v) > 1 else None)
+    """By how much a counter of the engine's rose. It stood at 0 where a page was read and did not have it yet."""
+    counters = by_device(run.telemetry, "gauges", name)
+    if run.whole is None or not counters:
+        return None
+    counter = counters[0].after_zero_at(reading_times(run.telemetry, "gauges"))
+    values = counter.around(run.whole)
+    return float(values[-1] - values[0]) if len(values) > 1 else None
 
 
 def _share_with(run: Observed, bits: int) -> float | None:

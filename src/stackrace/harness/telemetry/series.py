@@ -36,12 +36,23 @@ class Series(NamedTuple):
         begin, end = np.interp([window.begin, window.end], self.times, self.values)
         return float(end - begin)
 
+    def after_zero_at(self, times: Floats) -> "Series":
+        """This series, with a value of 0 at those of the times that lie before its first reading."""
+        before = times[times < self.times[0]]
+        return Series(np.concatenate([before, self.times]), np.concatenate([np.zeros_like(before), self.values]))
+
 
 def by_device(telemetry: pd.DataFrame, source: str, name: str) -> list[Series]:
     """The series of each device that has it; a source without devices has one at most."""
     rows = telemetry[(telemetry["source"] == source) & (telemetry["name"] == name)]
     groups = rows.groupby("device", dropna=False)
     return [Series(g["time"].to_numpy(np.float64) / SECOND, g["value"].to_numpy(np.float64)) for _, g in groups]
+
+
+def reading_times(telemetry: pd.DataFrame, source: str) -> Floats:
+    """When a source was read with success, in seconds."""
+    times: Floats = np.unique(telemetry.loc[telemetry["source"] == source, "time"].to_numpy(np.float64)) / SECOND
+    return times
 
 
 def common_cover(series: list[Series], window: Window) -> Window | None:

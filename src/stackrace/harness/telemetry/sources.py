@@ -14,7 +14,7 @@ from stackrace.harness.telemetry.processes import Processes
 from stackrace.harness.telemetry.source import Source
 from stackrace.harness.types import Endpoint
 
-_SLOWEST, _SHARE = 1.0, 0.8  # an answer is waited for so many seconds, and this share of the interval at most
+_SLOWEST = 1.0  # seconds that an answer is waited for: the numbers are taken for those of half-way
 
 
 def sources(backend: Backend, endpoint: Endpoint, interval: float) -> dict[str, Callable[[], Source]]:
@@ -22,7 +22,7 @@ def sources(backend: Backend, endpoint: Endpoint, interval: float) -> dict[str, 
     return {
         "gpu": lambda: _gpus(backend, endpoint),
         "processes": lambda: _processes(endpoint),
-        "gauges": lambda: Gauges(endpoint, backend.gauges(), min(_SLOWEST, _SHARE * interval)),
+        "gauges": lambda: Gauges(endpoint, backend.gauges(), _SLOWEST),
     }
 
 

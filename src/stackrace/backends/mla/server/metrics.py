@@ -7,6 +7,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from stackrace.backends.mla.cache import PAGE
 from stackrace.backends.mla.engine import Stats, Step, TokenEvent
 from stackrace.harness.clock import SECOND, now
 
@@ -31,6 +32,7 @@ HISTOGRAMS: dict[str, tuple[str, Sequence[float]]] = {
     "request_generation_tokens": ("Output tokens of a request.", TOKENS),
     "iteration_tokens_total": ("Tokens computed in a step.", STEP_TOKENS),
 }
+CACHE = ("num_gpu_blocks", "block_size")  # pages, and tokens of each; vLLM calls them so on a CPU, too
 GAUGES = {
     "num_requests_running": ("Sequences that hold pages.", "num_running"),
     "num_requests_waiting": ("Sequences in the queue.", "num_waiting"),
@@ -126,6 +128,9 @@ class _Engine(Collector):
     def collect(self) -> Iterator[Metric]:
         """One family a number."""
         stats = self._stats()._asdict()
+        cache = GaugeMetricFamily("vllm:cache_config_info", "The cache, in its labels.", labels=(*LABELS, *CACHE))
+        cache.add_metric((*self._labels, str(stats["num_pages"]), str(PAGE)), 1)
+        yield cache
         for kinds, family in ((GAUGES, GaugeMetricFamily), (COUNTERS, CounterMetricFamily)):
             for name, (text, key) in kinds.items():
                 metric = family(f"vllm:{name}", text, labels=LABELS)
