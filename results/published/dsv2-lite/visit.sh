@@ -7,6 +7,8 @@
 #   visit.sh race SECONDS NAME[,NAME] [...]   starts or goes on with sweeps (first, tune, mla_off, attention, context, rates,
 #                                 anchor: the point that every visit has), one after the other, in the background; waits
 #                                 that long and says where it is
+#   visit.sh all                  everything that a visit of half an hour has room for, in the background: with four GPUs first
+#                                 `tune`, whose winners then race; `wait all SECONDS` says where it is
 #   visit.sh share                each GPU gets the kernels that the others compiled, while nothing runs
 #   visit.sh wait NAME SECONDS    the end of a background step (model, trial-BACKEND, race-0), and what it printed last
 #   visit.sh state                GPU, clocks, power, processes: what stands beside every figure
@@ -69,6 +71,16 @@ wait_for() { # NAME SECONDS: until it has ended, or for so long
   if is_running "$1"; then echo "$1: still running"; else echo "$1: ended"; fi
 }
 
+go() { # GPU, then sweeps, each with its settings in one word: one after the other
+  local sweep
+  for sweep in "${@:2}"; do GPU=$1 LINES_SHOWN=3 bash "$VISIT/visit.sh" race 3600 $sweep; done
+}
+best() { python3 "$VISIT/best.py" "$WORK/results/gpu*/$CARD-tune" "$@"; }
+wait_for_model() {
+  while is_running model; do sleep 1; done
+  [ -d "$MODELS/dsv2_lite-seed0" ] || { tail -3 "$WORK/model.log" >&2; exit 1; }
+}
+
 case ${1:-} in
 unpack)
   mkdir -p "$WORK" && cp "$3/unpack.sh" "$WORK/" && unpacker "$2" "$3" ;;
@@ -86,6 +98,25 @@ run_sweeps)
   for name in ${2//,/ }; do # one that fails does not take the next along; a trial's parser has read the flags
     read -ra asked <<<"${SWEEPS[$name]}"; bench ++backend.check_flags=false "${asked[@]}" "${@:3}" || echo "$name: exit code $?"
   done ;;
+all)
+  on_a_card; copy; in_background all bash "$VISIT/visit.sh" run_all ;;
+run_all)
+  wait_for_model
+  case $(wc -l <<<"$cards") in
+  1) go 0 first mla_off rates context attention ;;
+  2 | 3)
+    go 0 "first repeat=0" "first repeat=2" context attention & go 1 "first repeat=1" mla_off rates & wait ;;
+  *)
+    go 0 "tune backend=vllm_hopper" & go 1 "tune backend=vllm_workers_hopper" &
+    go 2 "tune backend=sglang_hopper" & go 3 "tune backend=sglang_workers_hopper" & wait
+    vllm=$(best vllm_hopper vllm_workers_hopper) sglang=$(best sglang_hopper sglang_workers_hopper)
+    echo "$vllm and $sglang race"
+    bash "$VISIT/visit.sh" share
+    go 0 "first backend=$vllm,$sglang repeat=0" "rates backend=$vllm repeat=0" &
+    go 1 "first backend=$vllm,$sglang repeat=1" "rates backend=$sglang repeat=0" &
+    go 2 "first backend=$vllm,$sglang repeat=2" "context backend=$vllm,$sglang repeat=0" &
+    go 3 "mla_off repeat=0" "attention repeat=0" & wait ;;
+  esac ;;
 share)
   for from in "$WORK"/home-*; do
     for to in "$WORK"/home-*; do [ "$from" = "$to" ] || cp -ru "$from/." "$to/"; done
@@ -111,5 +142,5 @@ curate)
   done
   rm -rf "$tmp" ;;
 *)
-  sed -n '2,22s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 2 ;;
+  sed -n '2,24s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 2 ;;
 esac
