@@ -71,13 +71,12 @@ def processes_of(tmp_path):
 
 
 @pytest.fixture
-def load(tmp_path):
-    """`load(endpoint, schedule, concurrency=...)` races a schedule; returns records (ids: positions) and healths."""
+def job(tmp_path):
+    """`job(endpoint, schedule, concurrency=...)` -> what a load generator is told."""
     from stackrace.harness import host
-    from stackrace.harness.load.generator import collect
     from stackrace.harness.load.messages import Job
 
-    def run(endpoint, schedule, next_round=None, **changes):
+    def make(endpoint, schedule, **changes):
         path = tmp_path / "schedule.parquet"
         schedule.save(path)
         settings = {
@@ -92,8 +91,18 @@ def load(tmp_path):
             "cores": host.usable_cores()[-1:],
             "parser_cores": host.usable_cores(),
         }
-        job = Job(endpoint=endpoint, schedule=path, **{**settings, **changes})
-        found = collect(job, next_round)
+        return Job(endpoint=endpoint, schedule=path, **{**settings, **changes})
+
+    return make
+
+
+@pytest.fixture
+def load(job):
+    """`load(endpoint, schedule, concurrency=...)` races a schedule; returns records (ids: positions) and healths."""
+    from stackrace.harness.load.generator import collect
+
+    def run(endpoint, schedule, next_round=None, **changes):
+        found = collect(job(endpoint, schedule, **changes), next_round)
         return sorted(found.records, key=lambda r: r.id), found.health
 
     return run

@@ -1,16 +1,23 @@
 """Several workers are one load generator: one schedule, one cap, one clock."""
 
+import asyncio
+import gc
 import os
 import signal
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 
+from stackrace.harness.clock import now
 from stackrace.harness.errors import LoadGeneratorDied
+from stackrace.harness.load import connections
+from stackrace.harness.load.messages import WorkerJob
 from stackrace.harness.load.plan import Share
 from stackrace.harness.load.slots import Slots, SlotTable
+from stackrace.harness.load.worker import Orders, Worker
 from stackrace.harness.schedule import Schedule
-from stackrace.harness.types import Request, Sampling
+from stackrace.harness.types import Endpoint, Request, Sampling
 
 pytestmark = pytest.mark.alone
 
@@ -97,6 +104,39 @@ def test_workers_start_within_a_millisecond(truth, load, ask):
         records, _ = load(truth, ask(2, 1), workers=2, cores=cores())  # one request each, due at the start
         lateness.append(max(r.sent for r in records) - min(r.sent for r in records))
     assert min(lateness) < 1 * MS  # the best of three: another process may hold a core
+
+
+def test_a_worker_that_waits_for_anothers_warm_up_keeps_its_connections_fresh(ask, job, monkeypatch):
+    """Servers close what has idled for 5 s; here a connection is old after 0.2 s, and the warm-up takes 1.2."""
+    monkeypatch.setattr(connections, "MAX_IDLE", 200 * MS)
+    opened = {}
+
+    async def serve(reader, writer):
+        opened[writer] = now()
+        await reader.read()
+        del opened[writer]
+        writer.close()
+
+    async def wait_through_a_warm_up():
+        async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+            port = server.sockets[0].getsockname()[1]
+            asked = job(Endpoint(f"http://127.0.0.1:{port}", "m"), ask(8, 1), workers=2)
+            task = WorkerJob(job=asked, worker=1, slots=None, warms_up=False)
+            orders = Orders()
+            working = asyncio.create_task(Worker(task, Mock(), orders).work())
+            await asyncio.sleep(1.2)
+            ages = [now() - time for time in opened.values()]
+            orders.eof_received()
+            await working
+        return ages
+
+    try:
+        ages = asyncio.run(wait_through_a_warm_up())
+    finally:
+        gc.unfreeze()
+        gc.enable()
+    assert len(ages) == 4
+    assert max(ages) < (200 + 250 + 100) * MS  # looked at four times a second
 
 
 def test_more_workers_than_requests_is_no_fault(truth, load, ask):

@@ -75,7 +75,7 @@ go() { # GPU, then sweeps, each with its settings in one word: one after the oth
   local sweep
   for sweep in "${@:2}"; do GPU=$1 LINES_SHOWN=3 bash "$VISIT/visit.sh" race 3600 $sweep; done
 }
-best() { python3 "$VISIT/best.py" "$WORK/results/gpu*/$CARD-tune" "$@"; }
+best() { python3 "$VISIT/best.py" "$WORK/results" "$CARD-tune" "$@"; }
 wait_for_model() {
   while is_running model; do sleep 1; done
   [ -d "$MODELS/dsv2_lite-seed0" ] || { tail -3 "$WORK/model.log" >&2; exit 1; }

@@ -46,7 +46,7 @@ _BUSY = 0.5  # share of a core
 class Worker:
     """One share of a race."""
 
-    def __init__(self, task: WorkerJob, out: asyncio.WriteTransport, orders: "_Orders") -> None:
+    def __init__(self, task: WorkerJob, out: asyncio.WriteTransport, orders: "Orders") -> None:
         self._task, self._job = task, task.job
         self._orders = orders
         self._go, self._stop = orders.go, orders.stop
@@ -72,7 +72,8 @@ class Worker:
         gc.disable()
         await self._connections.keep_ready(self._connections_at_start(share))
         self._tell(Ready(self._task.worker))
-        await self._orders.wait_for(self._go)
+        while not await self._orders.wait_for(self._go, _TICK / SECOND):  # another worker may warm up for long
+            await self._connections.keep_ready(self._connections_at_start(share))
         if not self._stop.done():
             await self._race(_plan(job, share, payloads, is_closed, self._go.result(), job.seconds))
         self._alarms.close()
@@ -155,7 +156,7 @@ def _ns(seconds: float) -> int:
     return round(seconds * SECOND)
 
 
-class _Orders(asyncio.Protocol):
+class Orders(asyncio.Protocol):
     """What the harness says: rounds of the warm-up, `go` with the start, and `stop` when it closes the pipe."""
 
     def __init__(self) -> None:
@@ -173,12 +174,14 @@ class _Orders(asyncio.Protocol):
         waiting.cancel()
         return order if isinstance(order, Round) else None
 
-    async def wait_for(self, order: "asyncio.Future[Any]") -> None:
-        """Return when it is done, or it is time to stop."""
+    async def wait_for(self, order: "asyncio.Future[Any]", seconds: float | None = None) -> bool:
+        """Return when it is done, or it is time to stop; False after so many seconds without either."""
         either: list[asyncio.Future[Any]] = [order, self.stop]
-        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        done, _ = await asyncio.wait(either, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        return bool(done)
 
     def data_received(self, data: bytes) -> None:
+        """Some bytes of messages."""
         for message in self._unframer.feed(data):
             if isinstance(message, Round | Enough):
                 self._rounds.put_nowait(message)
@@ -186,9 +189,11 @@ class _Orders(asyncio.Protocol):
                 self.go.set_result(message.start)
 
     def eof_received(self) -> None:
+        """The harness closed its end: stop."""
         self.connection_lost(None)
 
     def connection_lost(self, exc: Exception | None) -> None:
+        """As good as closed."""
         if not self.stop.done():
             self.stop.set_result(None)
 
@@ -206,7 +211,7 @@ class _Flushed(asyncio.Protocol):
 
 async def _serve_harness(task: WorkerJob, out: IO[bytes]) -> None:
     loop = asyncio.get_running_loop()
-    orders, flushed, broken = _Orders(), loop.create_future(), loop.create_future()
+    orders, flushed, broken = Orders(), loop.create_future(), loop.create_future()
     loop.set_exception_handler(lambda _, context: _break(broken, context))
     await loop.connect_read_pipe(lambda: orders, sys.stdin)
     transport, _ = await loop.connect_write_pipe(lambda: _Flushed(flushed), out)
