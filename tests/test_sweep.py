@@ -123,6 +123,7 @@ def test_an_interrupt_ends_the_sweep_cleanly_and_the_same_command_resumes(stackr
         assert statuses(tmp_path, "s") == ["ok", "ok"]
 
 
+@pytest.mark.engine
 def test_each_engine_is_launched_once_whatever_varies_fastest(stackrace, tmp_path):
     args = ["-m", *FAST, "stop.requests=4", "arrival.rate=40,80", "backend.ttft=0.01,0.02", "sweep=s"]
     done = stackrace("bench", *args)
