@@ -18,6 +18,7 @@ from stackrace.backends.gauges import SGLANG_GAUGES, VLLM_GAUGES
 from stackrace.harness.clock import SECOND, now
 from stackrace.harness.errors import TelemetryError
 from stackrace.harness.observed import Window
+from stackrace.harness.point import build_backend
 from stackrace.harness.telemetry import samples
 from stackrace.harness.telemetry.gauges import Gauges, parse
 from stackrace.harness.telemetry.gpu import GPUs
@@ -152,21 +153,37 @@ def test_vllms_page_by_common_names():
 
 
 def cache_config(**labels):
-    """vLLM's line that tells its cache, as 0.32.0 wrote it for 402,653,184 bytes of `tiny`, less 30 other labels."""
-    told = {"block_size": "16", "cache_dtype": "auto", "engine": "0", "num_gpu_blocks": "10922"} | labels
+    """vLLM's line that tells its cache, as 0.32.0 wrote it for 402,653,184 bytes of `tiny`, less 29 other labels."""
+    told = {"block_size": "16", "cache_dtype": "auto", "engine": "0", "kv_cache_size_tokens": "174752"}
+    told |= {"num_gpu_blocks": "10922"} | labels
     text = ",".join(f'{name}="{value}"' for name, value in told.items() if value is not None)
     return f"vllm:cache_config_info{{{text}}} 1.0\n"
 
 
 def test_the_size_of_vllms_cache_stands_in_labels():
-    assert parse(cache_config(), VLLM_GAUGES) == {"kv_cache_capacity": 10922 * 16}
-    two = cache_config() + cache_config(engine="1", num_gpu_blocks="100")
-    assert parse(two, VLLM_GAUGES) == {"kv_cache_capacity": (10922 + 100) * 16}
+    assert parse(cache_config(), VLLM_GAUGES) == {"kv_cache_capacity": 174752}
+    two = cache_config() + cache_config(engine="1", kv_cache_size_tokens="1600")
+    assert parse(two, VLLM_GAUGES) == {"kv_cache_capacity": 174752 + 1600}
+
+
+@pytest.mark.parametrize("tokens", ["None", None])
+def test_a_vllm_that_does_not_tell_tokens_tells_blocks(tokens):
+    page = cache_config(kv_cache_size_tokens=tokens, num_gpu_blocks="100")
+    assert parse(page, VLLM_GAUGES) == {"kv_cache_capacity": 100 * 16}
+
+
+def test_an_external_server_may_be_a_vllm(compose):
+    names = {"kv_cache_capacity": "vllm:cache_config_info", "requests_waiting": "vllm:num_requests_waiting"}
+    given = [f"+backend.gauge_names.{ours}={theirs}" for ours, theirs in names.items()]
+    external, _ = build_backend(compose("backend=external", "backend.url=http://127.0.0.1:9", *given))
+    page = cache_config() + 'vllm:num_requests_waiting{engine="0"} 3.0\n'
+    assert parse(page, external.gauges()) == {"kv_cache_capacity": 174752, "requests_waiting": 3}
 
 
 @pytest.mark.parametrize("blocks", ["None", None])
 def test_a_cache_whose_size_no_label_tells_takes_no_other_number_along(blocks):
-    page = cache_config(num_gpu_blocks=blocks) + 'vllm:num_requests_waiting{engine="0"} 3.0\n'
+    page = 'vllm:num_requests_waiting{engine="0"} 3.0\n'
+    page += cache_config(kv_cache_size_tokens=None, num_gpu_blocks=blocks)
     assert parse(page, VLLM_GAUGES) == {"requests_waiting": 3}
 
 
@@ -307,7 +324,7 @@ class NamesNothing:
 
 
 def test_an_engine_elsewhere_has_neither_our_gpus_nor_our_processes():
-    sampler = Sampler(sources(NamesNothing(), Endpoint("http://192.0.2.7:8000", "m"), 1.0), 1.0)
+    sampler = Sampler(sources(NamesNothing(), Endpoint("http://192.0.2.7:8000", "m")), 1.0)
     assert sampler.sources == {
         "gpu": "the engine runs on another machine",
         "processes": "the engine was not launched by us",

@@ -1,7 +1,7 @@
 """Which of some backends streamed most in the sweep that compares them: `best.py RESULTS SWEEP BACKEND...`.
 
-By the geometric mean of output tokens per second over the points that all of them finished, computing what the weights
-say. The first one where nothing tells them apart.
+By the geometric mean of output tokens per second, over GPUs and concurrencies. The first backend is the usual one: it
+stands unless another one is better by more than launches of one setting differ, at all of its points.
 """
 
 import json
@@ -9,26 +9,41 @@ import sys
 from math import prod
 from pathlib import Path
 
+MARGIN = 1.03
 
-def throughputs(results: Path, sweep: str, stack: str) -> dict[int, float]:
-    """Concurrency -> output tokens per second of a stack's good points on whichever GPU."""
+
+def throughputs(results: Path, sweep: str, stack: str) -> dict[tuple[str, int], float]:
+    """(GPU's folder, concurrency) -> output tokens per second of a stack's good points."""
     found = {}
     for path in results.glob(f"gpu*/{sweep}/*/run.json"):
         run = json.loads(path.read_bytes())
-        is_good = run["status"] == "ok" and run.get("equivalence", {}).get("verdict") == "equal"
-        if is_good and run["point"]["stack"] == stack:
-            found[run["point"]["concurrency"]] = run["summary"]["output_throughput"]["whole"]
+        if run["point"]["stack"] == stack and is_good(run):
+            gpu, concurrency = path.parts[-4], run["point"]["concurrency"]
+            found[gpu, concurrency] = run["summary"]["output_throughput"]["whole"]
     return found
+
+
+def is_good(run: dict) -> bool:
+    """It finished, computed what the weights say, and was measured rightly."""
+    verdicts = run.get("equivalence", {}).get("verdict"), run.get("validity", {}).get("verdict")
+    return run["status"] == "ok" and verdicts in (("equal", "valid"), ("equal", "suspect"))
+
+
+def gain(usual: dict[tuple[str, int], float], other: dict[tuple[str, int], float]) -> float:
+    """By what factor another backend streams more. 0 where it lacks a point that the usual one has."""
+    if not usual or usual.keys() - other.keys():
+        return 0.0
+    return prod(other[point] / usual[point] for point in usual) ** (1 / len(usual))
 
 
 def main() -> None:
     """Print the best, and on stderr what all of them did."""
-    results, sweep, *backends = sys.argv[1:]
-    told = {name: throughputs(Path(results), sweep, name.removesuffix("_hopper")) for name in backends}
+    results, sweep, usual, *others = sys.argv[1:]
+    told = {name: throughputs(Path(results), sweep, name.removesuffix("_hopper")) for name in (usual, *others)}
     print(told, file=sys.stderr)
-    told = {name: points for name, points in told.items() if points} or {backends[0]: {}}
-    common = set.intersection(*(set(points) for points in told.values()))
-    print(max(told, key=lambda name: prod(told[name][concurrency] for concurrency in common)))
+    gains = {name: gain(told[usual], told[name]) for name in others}
+    ahead = max(gains, key=lambda name: gains[name])
+    print(ahead if gains[ahead] > MARGIN else usual)
 
 
 if __name__ == "__main__":

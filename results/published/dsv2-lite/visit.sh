@@ -33,9 +33,9 @@ export VLLM_SITE=$(site vllm) SGLANG_SITE=$(site sglang)
 export PYTHONPATH=$WORK/src/src:$WORK/engines/stackrace HYDRA_FULL_ERROR=1
 declare -A SWEEPS=(
   [first]="sweep=$CARD-dsv2-lite"
-  [tune]="sweep=$CARD-tune backend=sglang_hopper,sglang_workers_hopper,vllm_hopper,vllm_workers_hopper concurrency=64,256 repeat=0"
+  [tune]="sweep=$CARD-tune backend=sglang_hopper,sglang_workers_hopper,vllm_hopper,vllm_workers_hopper concurrency=64,256 repeat=0 backend.startup_timeout=300"
   [mla_off]="sweep=$CARD-mla-off backend=vllm_hopper,vllm_mha_hopper concurrency=1,4,16,64"
-  [attention]="sweep=$CARD-attention backend=vllm_flashmla_hopper,vllm_triton_hopper,sglang_flashmla_hopper,sglang_triton_hopper concurrency=1,16,64"
+  [attention]="sweep=$CARD-attention backend=vllm_hopper,vllm_flashmla_hopper,sglang_hopper,sglang_flashmla_hopper,vllm_triton_hopper,sglang_triton_hopper concurrency=1,16,64"
   [context]="sweep=$CARD-context concurrency=1,16 lengths.input.tokens=1024,8192,32000 stop.rounds=2"
   [rates]="sweep=$CARD-rates arrival=poisson concurrency=null stop.requests=null stop.seconds=30 arrival.rate=2,4,8,16,24,32,40"
   [anchor]="sweep=$CARD-anchor backend=vllm_hopper concurrency=16"
@@ -71,11 +71,17 @@ wait_for() { # NAME SECONDS: until it has ended, or for so long
   if is_running "$1"; then echo "$1: still running"; else echo "$1: ended"; fi
 }
 
-go() { # GPU, then sweeps, each with its settings in one word: one after the other
-  local sweep
-  for sweep in "${@:2}"; do GPU=$1 LINES_SHOWN=3 bash "$VISIT/visit.sh" race 3600 $sweep; done
+go() { # GPU, seconds, then sweeps, each with its settings in one word: one after the other, each ended after so long
+  local GPU=$1 seconds=$2 sweep
+  for sweep in "${@:3}"; do
+    bash "$VISIT/visit.sh" race "$seconds" $sweep || echo "GPU $GPU: $sweep: exit code $?"
+    stop "race-$GPU"
+  done
 }
-best() { python3 "$VISIT/best.py" "$WORK/results" "$CARD-tune" "$@"; }
+stop() { # NAME: end a background step as Ctrl-C would, and what it started with it
+  ! is_running "$1" || { echo "$1 takes too long"; kill -TERM -- "-$(cat "$WORK/$1.pid")"; wait_for "$1" 60 >/dev/null; }
+}
+best() { python3 "$VISIT/best.py" "$WORK/results" "$CARD-tune" "$@" || echo "$1"; }
 wait_for_model() {
   while is_running model; do sleep 1; done
   [ -d "$MODELS/dsv2_lite-seed0" ] || { tail -3 "$WORK/model.log" >&2; exit 1; }
@@ -103,19 +109,22 @@ all)
 run_all)
   wait_for_model
   case $(wc -l <<<"$cards") in
-  1) go 0 first mla_off rates context attention ;;
+  1) go 0 3600 first mla_off rates context attention ;;
   2 | 3)
-    go 0 "first repeat=0" "first repeat=2" context attention & go 1 "first repeat=1" mla_off rates & wait ;;
-  *)
-    go 0 "tune backend=vllm_hopper" & go 1 "tune backend=vllm_workers_hopper" &
-    go 2 "tune backend=sglang_hopper" & go 3 "tune backend=sglang_workers_hopper" & wait
-    vllm=$(best vllm_hopper vllm_workers_hopper) sglang=$(best sglang_hopper sglang_workers_hopper)
-    echo "$vllm and $sglang race"
-    bash "$VISIT/visit.sh" share
-    go 0 "first backend=$vllm,$sglang repeat=0" "rates backend=$vllm repeat=0" &
-    go 1 "first backend=$vllm,$sglang repeat=1" "rates backend=$sglang repeat=0" &
-    go 2 "first backend=$vllm,$sglang repeat=2" "context backend=$vllm,$sglang repeat=0" &
-    go 3 "mla_off repeat=0" "attention repeat=0" & wait ;;
+    go 0 3600 "first repeat=0" "first repeat=2" context attention & go 1 3600 "first repeat=1" mla_off rates & wait ;;
+  *) # either order of two settings on one GPU each, so that neither the GPU nor the order tells them apart
+    go 0 550 "tune backend=vllm_hopper,vllm_workers_hopper" & go 1 550 "tune backend=vllm_workers_hopper,vllm_hopper" &
+    go 2 550 "tune backend=sglang_hopper,sglang_workers_hopper" &
+    go 3 550 "tune backend=sglang_workers_hopper,sglang_hopper" & wait
+    vllm=$(best vllm_hopper vllm_workers_hopper)
+    sglang=$(best sglang_hopper sglang_workers_hopper)
+    both=$vllm,$sglang
+    echo "$both race"
+    bash "$VISIT/visit.sh" share || echo "share: exit code $?"
+    go 0 3600 "first backend=$both repeat=0" "rates backend=$both repeat=0 arrival.rate=2,8,24,40" &
+    go 1 3600 "first backend=$both repeat=1" "rates backend=$both repeat=0 arrival.rate=4,16,32" &
+    go 2 3600 "first backend=$both repeat=2" "context backend=$both repeat=0" &
+    go 3 3600 "mla_off repeat=0" "attention repeat=0" & wait ;;
   esac ;;
 share)
   for from in "$WORK"/home-*; do
@@ -125,6 +134,7 @@ wait)
   wait_for "$2" "$3" ;;
 state)
   nvidia-smi --query-gpu=index,name,driver_version,memory.used,power.draw,power.limit,clocks.sm,clocks.mem,temperature.gpu,clocks_event_reasons.active --format=csv
+  nvidia-smi topo -m; lscpu | grep -iE 'model name|thread|socket|numa' # whether the GPUs' shares of the cores are alike
   nvidia-smi --query-compute-apps=pid,used_memory --format=csv,noheader; nproc; free -g | head -2; df -h /dev/shm | tail -1 ;;
 pack) # what runs may grow meanwhile: tar's exit code 1
   (cd "$WORK" && { tar -cf - --exclude=schedule.parquet results ./*.log || [ $? = 1 ]; }) | gzip -6 | split -d -b 15M - "$2."; ls -l "$2".* ;;

@@ -7,7 +7,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from stackrace.backends.base import Backend, bearer, check_variables
-from stackrace.backends.gauges import Names
+from stackrace.backends.gauges import VLLM_CACHE, Names
 from stackrace.backends.running import Attached, Engine, Placement
 from stackrace.harness.errors import UsageError
 
@@ -54,4 +54,4 @@ class External(Backend):
 
     def gauges(self) -> Names:
         """Those that were named."""
-        return self.gauge_names
+        return {ours: VLLM_CACHE if theirs == VLLM_CACHE.name else theirs for ours, theirs in self.gauge_names.items()}

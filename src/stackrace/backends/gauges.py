@@ -10,19 +10,20 @@ from typing import NamedTuple
 
 
 class InLabels(NamedTuple):
-    """A number that stands in the labels of a series whose value is always 1: the product of these."""
+    """A number that stands in the labels of a series whose value is always 1."""
 
     name: str  # of the series
-    labels: tuple[str, ...]
+    labels: tuple[tuple[str, ...], ...]  # the product of these; where they are not all there, of the next ones
 
 
 Names = Mapping[str, str | InLabels]
 
+VLLM_CACHE = InLabels("vllm:cache_config_info", (("kv_cache_size_tokens",), ("num_gpu_blocks", "block_size")))
 VLLM_GAUGES: Names = {  # vllm/v1/metrics/loggers.py; ours bears the same names
     "requests_running": "vllm:num_requests_running",
     "requests_waiting": "vllm:num_requests_waiting",
     "kv_cache_usage": "vllm:kv_cache_usage_perc",
-    "kv_cache_capacity": InLabels("vllm:cache_config_info", ("num_gpu_blocks", "block_size")),
+    "kv_cache_capacity": VLLM_CACHE,
     "preemptions": "vllm:num_preemptions_total",
     "prefix_cache_queries": "vllm:prefix_cache_queries_total",
     "prefix_cache_hits": "vllm:prefix_cache_hits_total",

@@ -246,7 +246,7 @@ class _Run:
         interval = self._point.config["telemetry"]["interval"]
         if interval is None:
             return None
-        return Sampler(sources(self._point.backend, engine.endpoint, interval), interval)
+        return Sampler(sources(self._point.backend, engine.endpoint), interval)
 
     def _keep_telemetry(self) -> None:
         """What was read, if the race began: before, there is no zero to its times."""

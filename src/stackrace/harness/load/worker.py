@@ -72,8 +72,9 @@ class Worker:
         gc.disable()
         await self._connections.keep_ready(self._connections_at_start(share))
         self._tell(Ready(self._task.worker))
-        while not await self._orders.wait_for(self._go, _TICK / SECOND):  # another worker may warm up for long
-            await self._connections.keep_ready(self._connections_at_start(share))
+        keeping = asyncio.ensure_future(self._keep_connections_fresh(self._connections_at_start(share)))
+        await self._orders.wait_for(self._go)
+        keeping.cancel()
         if not self._stop.done():
             await self._race(_plan(job, share, payloads, is_closed, self._go.result(), job.seconds))
         self._alarms.close()
@@ -113,6 +114,12 @@ class Worker:
 
     def _driver(self, plan: Plan, slots: Slots | None, journal: Journal, on_end: Callable[[Capture], None]) -> Driver:
         return Driver(plan, slots, self._alarms, self._readiness, self._connections, journal, on_end)
+
+    async def _keep_connections_fresh(self, number: int) -> None:
+        """Another worker may warm up for longer than servers leave idle connections open."""
+        while True:
+            await asyncio.sleep(_TICK / SECOND)
+            await self._connections.keep_ready(number)
 
     def _connections_at_start(self, share: Share) -> int:
         soon = bisect_right(share.starts, SECOND, key=lambda start: start.due)
@@ -174,11 +181,10 @@ class Orders(asyncio.Protocol):
         waiting.cancel()
         return order if isinstance(order, Round) else None
 
-    async def wait_for(self, order: "asyncio.Future[Any]", seconds: float | None = None) -> bool:
-        """Return when it is done, or it is time to stop; False after so many seconds without either."""
+    async def wait_for(self, order: "asyncio.Future[Any]") -> None:
+        """Return when it is done, or it is time to stop."""
         either: list[asyncio.Future[Any]] = [order, self.stop]
-        done, _ = await asyncio.wait(either, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-        return bool(done)
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
 
     def data_received(self, data: bytes) -> None:
         """Some bytes of messages."""

@@ -74,6 +74,7 @@ def _values(told: str | InLabels, sample: Sample) -> list[float]:
     """One, or none where labels do not hold it (yet)."""
     if not isinstance(told, InLabels):
         return [float(sample.value)]
-    with contextlib.suppress(KeyError, ValueError):
-        return [prod(float(sample.labels[label]) for label in told.labels)]
+    for labels in told.labels:
+        with contextlib.suppress(KeyError, ValueError):
+            return [prod(float(sample.labels[label]) for label in labels)]
     return []

@@ -8,7 +8,7 @@ from stackrace.harness.errors import TelemetryError
 from stackrace.harness.telemetry.samples import Sample
 from stackrace.harness.telemetry.source import Source
 
-_PATIENCE = 2.0  # seconds that the last reading of a source is waited for
+_PATIENCE = 3.0  # seconds that the last reading of a source is waited for: one that goes on, and one more
 
 
 class Sampler:
@@ -30,7 +30,7 @@ class Sampler:
             reader.wake()
 
     def stop(self) -> None:
-        """Have every source read a last time, and return when they have, after 2 s at the latest."""
+        """Have every source read a last time, and return when they have, after 3 s at the latest."""
         for reader in self._readers:
             reader.end()
         deadline = now() + round(_PATIENCE * SECOND)

@@ -17,8 +17,8 @@ from stackrace.harness.types import Endpoint
 _SLOWEST = 1.0  # seconds that an answer is waited for: the numbers are taken for those of half-way
 
 
-def sources(backend: Backend, endpoint: Endpoint, interval: float) -> dict[str, Callable[[], Source]]:
-    """What opens each source of a running engine, by its name; `interval` in seconds."""
+def sources(backend: Backend, endpoint: Endpoint) -> dict[str, Callable[[], Source]]:
+    """What opens each source of a running engine, by its name."""
     return {
         "gpu": lambda: _gpus(backend, endpoint),
         "processes": lambda: _processes(endpoint),
