@@ -1,14 +1,11 @@
 """The main job for real, shortened: both stacks of the embedded engine, raced, recorded, judged and drawn."""
 
-import pytest
-
 from stackrace.harness import store
 
 SHORT = ["experiment=demo", "arrival.rate=6", "lengths.input.tokens=200", "stop.seconds=2"]
 SHORT += ["warmup.requests=2", "warmup.tolerance=null"]
 
 
-@pytest.mark.engine
 def test_the_demo_in_small(stackrace, tmp_path, processes_of):
     done = stackrace("bench", *SHORT)
     assert done.returncode == 0, done.stderr
