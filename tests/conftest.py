@@ -13,6 +13,12 @@ def pytest_configure(config):
     # as in a background job: what the tests start would ignore it, too
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    if config.option.markexpr != "gpu":  # Triton looks at it while modules with kernels are imported
+        os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_collection_finish(session):
+    os.environ.pop("TRITON_INTERPRET", None)  # what the tests start is not meant
 
 
 @pytest.fixture(scope="module")

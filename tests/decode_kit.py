@@ -1,0 +1,62 @@
+"""What the tests of decode kernels share, on a CPU and on a GPU: caches full of traps, and attention in float64."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+PAGE = 64
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+class Paged(NamedTuple):
+    """Rows of each sequence, and where they lie: `cache[table[i, j // PAGE], j % PAGE]`."""
+
+    rows: list[Tensor]  # [S, ...] each, in float64
+    cache: Tensor
+    table: Tensor
+
+
+def paged(lengths: list[int], *shape: int, dtype: torch.dtype, seed: int = 0) -> Paged:
+    """Random rows on permuted pages. NaN past each length and on all other pages; table entries past the last page of a
+    sequence are out of range.
+    """
+    rows = [normal(length, *shape, seed=seed + i).to(dtype).double() for i, length in enumerate(lengths)]
+    counts = [-(-length // PAGE) for length in lengths]
+    order = torch.randperm(sum(counts) + 3, generator=torch.Generator().manual_seed(1)).tolist()
+    cache = torch.full((len(order), PAGE, *shape), math.nan, dtype=dtype)
+    table = torch.full((len(lengths), max(counts, default=0) + 1), 1 << 30, dtype=torch.int32)
+    for number, row in enumerate(rows):
+        for index, chunk in enumerate(row.split(PAGE) if len(row) else ()):
+            table[number, index] = page = order.pop()
+            cache[page, : len(chunk)] = chunk
+    return Paged(rows, cache, table)
+
+
+def attention(q_THK: Tensor, key_SNK: Tensor, value_SNV: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Outputs [T, H, V] and log-sum-exps [T, H] of the last T tokens of a context, in float64."""
+    num_tokens, num_heads, _ = q_THK.shape
+    context, num_kv_heads, _ = key_SNK.shape
+    if not context:
+        return q_THK.new_zeros(num_tokens, num_heads, value_SNV.shape[-1]), q_THK.new_full(
+            (num_tokens, num_heads), -math.inf
+        )
+    group = num_heads // num_kv_heads
+    key_SHK, value_SHV = (t.repeat_interleave(group, 1) for t in (key_SNK, value_SNV))
+    score_THS = torch.einsum("thk,shk->ths", q_THK, key_SHK) * scale
+    last_seen_T = context - num_tokens + torch.arange(num_tokens)
+    hidden_TS = torch.arange(context)[None, :] > last_seen_T[:, None]
+    score_THS = score_THS.masked_fill(hidden_TS[:, None, :], -math.inf)
+    out_THV = torch.einsum("ths,shv->thv", torch.softmax(score_THS, -1), value_SHV)
+    return out_THV, torch.logsumexp(score_THS, -1)
+
+
+def off(found: Tensor, expected: Tensor) -> float:
+    """The largest difference; infinite where one is NaN, or infinite and the other not."""
+    found, expected = found.double().cpu(), expected.double()
+    same = found == expected
+    return float(torch.where(same, 0.0, (found - expected).abs()).nan_to_num(math.inf).max())
