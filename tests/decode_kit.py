@@ -39,20 +39,14 @@ def paged(lengths: list[int], *shape: int, dtype: torch.dtype, seed: int = 0) ->
 
 def attention(q_THK: Tensor, key_SNK: Tensor, value_SNV: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Outputs [T, H, V] and log-sum-exps [T, H] of the last T tokens of a context, in float64."""
-    num_tokens, num_heads, _ = q_THK.shape
     context, num_kv_heads, _ = key_SNK.shape
-    if not context:
-        return q_THK.new_zeros(num_tokens, num_heads, value_SNV.shape[-1]), q_THK.new_full(
-            (num_tokens, num_heads), -math.inf
-        )
-    group = num_heads // num_kv_heads
-    key_SHK, value_SHV = (t.repeat_interleave(group, 1) for t in (key_SNK, value_SNV))
-    score_THS = torch.einsum("thk,shk->ths", q_THK, key_SHK) * scale
-    last_seen_T = context - num_tokens + torch.arange(num_tokens)
+    q_TNgK = torch.unflatten(q_THK, 1, (num_kv_heads, -1))
+    score_TNgS = torch.einsum("tngk,snk->tngs", q_TNgK, key_SNK) * scale
+    last_seen_T = context - len(q_THK) + torch.arange(len(q_THK))
     hidden_TS = torch.arange(context)[None, :] > last_seen_T[:, None]
-    score_THS = score_THS.masked_fill(hidden_TS[:, None, :], -math.inf)
-    out_THV = torch.einsum("ths,shv->thv", torch.softmax(score_THS, -1), value_SHV)
-    return out_THV, torch.logsumexp(score_THS, -1)
+    score_TNgS = score_TNgS.masked_fill(hidden_TS[:, None, None, :], -math.inf)
+    out_TNgV = torch.einsum("tngs,snv->tngv", torch.softmax(score_TNgS, -1), value_SNV)
+    return out_TNgV.flatten(1, 2), torch.logsumexp(score_TNgS, -1).flatten(1, 2)
 
 
 def off(found: Tensor, expected: Tensor) -> float:

@@ -2,7 +2,7 @@
 
 One program for each part of the schedule and each block of query rows walks along its piece of the line of work. With
 `value_GPNV=None` values are the first numbers of the keys, as where latents are cached: each tile is then read once and
-used twice.
+used twice by its program.
 
 Letters: B sequences, T query tokens each (the last of their context), H query heads, N key-value heads (a divisor of
 H), K key width, V value width, G pages, P tokens a page, M pages a table row, X = T H query rows of a sequence.
@@ -32,10 +32,9 @@ class Config:
 
 
 def untuned(num_rows: int) -> Config:
-    """One that any Hopper GPU takes, for so many query rows that read one key-value head."""
-    return (
-        Config(rows=16, tile=32, warps=4, stages=3) if num_rows <= 32 else Config(rows=64, tile=32, warps=8, stages=2)
-    )
+    """One that a Hopper GPU takes without spilling, for so many query rows that read one key-value head."""
+    rows, warps = (16, 4) if num_rows <= 16 else (32, 8)
+    return Config(rows=rows, tile=32, warps=warps, stages=3)
 
 
 def attend(
@@ -54,13 +53,13 @@ def attend(
 
     `length_B` (int32) counts the query tokens, too; each sees itself and what comes before it. A sequence of length 0
     gives zeros and -inf. Neither table entries past a sequence's last page nor rows past its length matter.
-    `schedule` must have been filled for `length_B`. K is V and a power of two more, or V alone. Two launches.
+    Lengths are 0, or T at least. `schedule` must have been filled for `length_B`. V is a power of two, and K is V and
+    another one more, or V alone. Two launches.
     """
     num_sequences, num_tokens, num_heads, width = q_BTHK.shape
     page, num_kv_heads = key_GPNK.shape[1:3]
     num_rows, group = num_tokens * num_heads, num_heads // num_kv_heads
-    assert all(t.is_contiguous() for t in (q_BTHK, key_GPNK, value_GPNV) if t is not None)
-    assert page % config.tile == 0
+    _check(q_BTHK, key_GPNK, value_GPNV, value_width, table_BM, length_B, schedule, config)
     out_BXV = q_BTHK.new_empty(num_sequences, num_rows, value_width)
     lse_BX = q_BTHK.new_empty(num_sequences, num_rows, dtype=torch.float32)
     segments = Segments.allocate(schedule, num_sequences, num_rows, value_width)
@@ -95,7 +94,29 @@ def attend(
     return torch.unflatten(out_BXV, 1, (num_tokens, num_heads)), torch.unflatten(lse_BX, 1, (num_tokens, num_heads))
 
 
-@triton.jit
+def _check(
+    q_BTHK: Tensor,
+    key_GPNK: Tensor,
+    value_GPNV: Tensor | None,
+    value_width: int,
+    table_BM: Tensor,
+    length_B: Tensor,
+    schedule: Schedule,
+    config: Config,
+) -> None:
+    """What would otherwise read or write somewhere else. Costs microseconds of the host, and none in a CUDA graph."""
+    num_sequences, extra = len(q_BTHK), q_BTHK.shape[-1] - value_width
+    assert all(t.is_contiguous() for t in (q_BTHK, key_GPNK, value_GPNV, length_B) if t is not None)
+    assert len(table_BM) == len(length_B) == num_sequences <= len(schedule.segments_B2)
+    assert table_BM.stride(1) == 1
+    assert key_GPNK.shape[-1] == q_BTHK.shape[-1]
+    assert q_BTHK.shape[2] % key_GPNK.shape[2] == 0
+    assert value_width & (value_width - 1) == 0 == extra & (extra - 1)
+    assert value_GPNV is None or value_GPNV.shape == (*key_GPNK.shape[:3], value_width)
+    assert key_GPNK.shape[1] % config.tile == 0
+
+
+@triton.jit(do_not_specialize=["table_stride"])
 def _attend(
     q_ptr,
     key_ptr,
@@ -154,14 +175,18 @@ def _attend(
             sums = tl.zeros([ROWS, VALUE], tl.float32)
             # tiles that end before the first query token hide nothing from any row
             bare = begin + tl.maximum(tl.minimum(end, length - num_tokens + 1) - begin, 0) // TILE * TILE
+            number = tl.load(pages_ptr + page)  # a tile ahead, or tiles could not be loaded ahead
             for position in tl.range(begin, bare, TILE, num_stages=STAGES):
+                following = tl.load(pages_ptr + tl.minimum(position + TILE, end - 1) // PAGE)
                 top, total, sums = _step(
-                    q, q_extra, top, total, sums, key_ptr, value_ptr, pages_ptr, kv_head, position, length, unseen,
+                    q, q_extra, top, total, sums, key_ptr, value_ptr, number, kv_head, position, length, unseen,
                     scale_log2, NUM_KV_HEADS, VALUE, EXTRA, IS_SHARED, PAGE, TILE, IS_MASKED=False,
                 )  # fmt: skip
+                number = following
             for position in tl.range(bare, end, TILE, num_stages=1):
+                number = tl.load(pages_ptr + position // PAGE)
                 top, total, sums = _step(
-                    q, q_extra, top, total, sums, key_ptr, value_ptr, pages_ptr, kv_head, position, length, unseen,
+                    q, q_extra, top, total, sums, key_ptr, value_ptr, number, kv_head, position, length, unseen,
                     scale_log2, NUM_KV_HEADS, VALUE, EXTRA, IS_SHARED, PAGE, TILE, IS_MASKED=True,
                 )  # fmt: skip
             divisor = tl.where(total > 0, total, 1.0)  # a row that sees nothing of this segment has no sums
@@ -190,7 +215,7 @@ def _step(
     sums,
     key_ptr,
     value_ptr,
-    pages_ptr,
+    number,
     kv_head,
     position,
     length,
@@ -204,10 +229,9 @@ def _step(
     TILE: tl.constexpr,
     IS_MASKED: tl.constexpr,
 ):
-    """Take one tile of a page into the running softmax."""
+    """Take one tile, of the page with this number, into the running softmax."""
     token = position + tl.arange(0, TILE)
-    page = tl.load(pages_ptr + position // PAGE).to(tl.int64)
-    cached = (page * PAGE + token % PAGE) * NUM_KV_HEADS + kv_head
+    cached = (number.to(tl.int64) * PAGE + token % PAGE) * NUM_KV_HEADS + kv_head
     is_there = (token < length)[:, None]
     column = tl.arange(0, VALUE)
     key_row_ptr = key_ptr + cached[:, None] * (VALUE + EXTRA)

@@ -13,6 +13,9 @@ from torch import Tensor
 
 from stackrace.kernels.split_kv.schedule import Schedule
 
+_COLUMNS = 128  # of a program
+_AT_ONCE = 16  # segments that are on their way together
+
 
 class Segments(NamedTuple):
     """Where parts leave what is to be merged, in float32."""
@@ -34,7 +37,8 @@ def combine(out_BXV: Tensor, lse_BX: Tensor, segments: Segments, schedule: Sched
     Those of length 0 get zeros and -inf. One launch.
     """
     num_sequences, num_rows, width = out_BXV.shape
-    _combine[(num_sequences, num_rows)](
+    columns = min(width, _COLUMNS)
+    _combine[(num_sequences, num_rows, width // columns)](
         length_B,
         schedule.segments_B2,
         out_BXV,
@@ -43,7 +47,9 @@ def combine(out_BXV: Tensor, lse_BX: Tensor, segments: Segments, schedule: Sched
         segments.lse_SX,
         num_rows,
         WIDTH=width,
-        num_warps=1,
+        COLUMNS=columns,
+        AT_ONCE=_AT_ONCE,
+        num_warps=4,
     )
 
 
@@ -57,27 +63,35 @@ def _combine(
     segment_lse_ptr,
     num_rows,
     WIDTH: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    AT_ONCE: tl.constexpr,
 ):
-    """One row of one sequence."""
+    """Some columns of one row of one sequence, some segments at a time."""
     sequence = tl.program_id(0).to(tl.int64)
     row = tl.program_id(1)
+    column = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
     first = tl.load(segments_ptr + 2 * sequence)
     last = tl.load(segments_ptr + 2 * sequence + 1)
     at = sequence * num_rows + row
-    column = tl.arange(0, WIDTH)
     if tl.load(length_ptr + sequence) == 0:
-        tl.store(out_ptr + at * WIDTH + column, tl.zeros([WIDTH], out_ptr.dtype.element_ty))
+        tl.store(out_ptr + at * WIDTH + column, tl.zeros([COLUMNS], out_ptr.dtype.element_ty))
         tl.store(lse_ptr + at, float("-inf"))
     elif first < last:
         highest = tl.full([], float("-inf"), tl.float32)
-        for part in range(first, last + 1):
-            highest = tl.maximum(highest, tl.load(segment_lse_ptr + (sequence + part) * num_rows + row))
         total = tl.zeros([], tl.float32)
-        sums = tl.zeros([WIDTH], tl.float32)
-        for part in range(first, last + 1):
-            segment = (sequence + part) * num_rows + row
-            weight = tl.exp2(tl.load(segment_lse_ptr + segment) - highest)
-            total += weight
-            sums += weight * tl.load(segment_out_ptr + segment * WIDTH + column)
+        sums = tl.zeros([COLUMNS], tl.float32)
+        for part in range(first, last + 1, AT_ONCE):
+            own = part + tl.arange(0, AT_ONCE)
+            segment = (sequence + own) * num_rows + row
+            lse = tl.load(segment_lse_ptr + segment, mask=own <= last, other=float("-inf"))
+            piece_ptr = segment_out_ptr + segment[:, None] * WIDTH + column[None, :]
+            piece = tl.load(piece_ptr, mask=(own <= last)[:, None], other=0.0)
+            before = highest
+            highest = tl.maximum(highest, tl.max(lse))
+            base = tl.where(highest == float("-inf"), 0.0, highest)  # segments of which this row sees nothing
+            weight = tl.exp2(lse - base)
+            shrink = tl.exp2(before - base)
+            total = total * shrink + tl.sum(weight)
+            sums = sums * shrink + tl.sum(weight[:, None] * piece, 0)
         tl.store(out_ptr + at * WIDTH + column, (sums / total).to(out_ptr.dtype.element_ty))
         tl.store(lse_ptr + at, (highest + tl.log2(total)) * 0.6931471805599453)
