@@ -49,6 +49,11 @@ def attention(q_THK: Tensor, key_SNK: Tensor, value_SNV: Tensor, scale: float) -
     return out_TNgV.flatten(1, 2), torch.logsumexp(score_TNgS, -1).flatten(1, 2)
 
 
+def latents(cached: Paged, rank: int) -> tuple[list[Tensor], list[Tensor]]:
+    """Keys and values of each sequence, where the values are the first numbers of the keys."""
+    return [rows[:, None] for rows in cached.rows], [rows[:, None, :rank] for rows in cached.rows]
+
+
 def off(found: Tensor, expected: Tensor) -> float:
     """The largest difference; infinite where one is NaN, or infinite and the other not."""
     found, expected = found.double().cpu(), expected.double()

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from decode_kit import PAGE, attention, normal, off, paged
+from decode_kit import PAGE, attention, latents, normal, off, paged
 
 pytest.importorskip("triton", reason="no triton for this platform")
 from stackrace.kernels.gqa_decode.split import gqa_decode
@@ -80,6 +80,12 @@ def test_each_sequence_may_have_parts_of_its_own(num_splits):
         Schedule.allocate(6, 7, "cpu").split_each(torch.tensor([5, 6], dtype=torch.int32), PAGE)
 
 
+def expected(q, keys, values, scale):
+    """Outputs and log-sum-exps of all sequences, in float64."""
+    each = [attention(one.double(), key, value, scale) for one, key, value in zip(q, keys, values, strict=True)]
+    return [torch.stack(part) for part in zip(*each, strict=True)]
+
+
 def run_mla(lengths, heads, tokens, dtype, num_parts, config=(16, 32, 4, 2)):
     """(found, expected), each outputs and log-sum-exps of all sequences."""
     rank, rotated, scale = 32, 16, 0.17
@@ -87,11 +93,7 @@ def run_mla(lengths, heads, tokens, dtype, num_parts, config=(16, 32, 4, 2)):
     q = normal(len(lengths), tokens, heads, rank + rotated, seed=9).to(dtype)
     length_B, schedule = shared_out(lengths, num_parts)
     found = mla_decode(q, cached.cache, cached.table, length_B, scale, rank, schedule, Config(*config))
-    per_sequence = [
-        attention(one.double(), rows[:, None], rows[:, None, :rank], scale)
-        for one, rows in zip(q, cached.rows, strict=True)
-    ]
-    return found, [torch.stack(one) for one in zip(*per_sequence, strict=True)]
+    return found, expected(q, *latents(cached, rank), scale)
 
 
 def assert_close(found, expected, dtype):
@@ -105,16 +107,16 @@ def assert_close(found, expected, dtype):
 @pytest.mark.parametrize("heads", [1, 3, 16, 63, 64, 126, 128])
 def test_mla_decode_for_any_number_of_heads(heads):
     config = (64, 64, 8, 2) if heads > 16 else (16, 32, 4, 2)
-    found, expected = run_mla(LENGTHS, heads, 1, torch.float32, 4, config)
-    assert_close(found, expected, torch.float32)
+    found, right = run_mla(LENGTHS, heads, 1, torch.float32, 4, config)
+    assert_close(found, right, torch.float32)
 
 
 @pytest.mark.parametrize("tokens", [2, 3, 4])
 def test_query_tokens_do_not_see_those_after_them(tokens):
     lengths = [tokens, 0, 63, 64, 65, 66, 130]
     for num_parts in (3, 20):  # 20: a segment may hold nothing that the first token sees
-        found, expected = run_mla(lengths, 2, tokens, torch.float32, num_parts)
-        assert_close(found, expected, torch.float32)
+        found, right = run_mla(lengths, 2, tokens, torch.float32, num_parts)
+        assert_close(found, right, torch.float32)
 
 
 def test_half_precision():
@@ -149,5 +151,4 @@ def test_gqa_decode(tokens, heads, kv_heads, extra, num_splits):
         schedule.split_each(length_B, PAGE)
     config = Config(16, 32, 4, 2)
     found = gqa_decode(q, key.cache, value.cache, key.table, length_B, scale, schedule, config)
-    per_sequence = [attention(one.double(), k, v, scale) for one, k, v in zip(q, key.rows, value.rows, strict=True)]
-    assert_close(found, [torch.stack(one) for one in zip(*per_sequence, strict=True)], dtype)
+    assert_close(found, expected(q, key.rows, value.rows, scale), dtype)

@@ -4,7 +4,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 triton = pytest.importorskip("triton")
-from decode_kit import PAGE, attention, normal, off, paged  # noqa: E402
+from decode_kit import PAGE, attention, latents, normal, off, paged  # noqa: E402
 
 pytestmark = [
     pytest.mark.gpu,
@@ -55,11 +55,6 @@ def assert_right(found, q, keys, values, scale=SCALE):
         assert off(lse, right_lse) < 1e-3
 
 
-def latents(cached):
-    """Keys and values of each sequence."""
-    return [rows[:, None] for rows in cached.rows], [rows[:, None, :RANK] for rows in cached.rows]
-
-
 @pytest.mark.parametrize("heads", [1, 3, 16, 63, 64, 126, 128])
 @pytest.mark.parametrize("tokens", [1, 2, 4])
 def test_mla_decode(kernels, heads, tokens):
@@ -67,14 +62,14 @@ def test_mla_decode(kernels, heads, tokens):
     cached = paged(lengths, RANK + ROTATED, dtype=torch.bfloat16)
     q = normal(len(lengths), tokens, heads, RANK + ROTATED, seed=9).to(torch.bfloat16)
     for num_parts in (7, 264):
-        assert_right(decode(kernels, q, cached, lengths, num_parts), q, *latents(cached))
+        assert_right(decode(kernels, q, cached, lengths, num_parts), q, *latents(cached, RANK))
 
 
 def test_many_sequences_and_a_long_one(kernels):
     lengths = [131_072, *torch.randint(1, 500, (299,), generator=torch.Generator().manual_seed(0)).tolist()]
     cached = paged(lengths, RANK + ROTATED, dtype=torch.bfloat16)
     q = normal(len(lengths), 1, 16, RANK + ROTATED, seed=9).to(torch.bfloat16)
-    assert_right(decode(kernels, q, cached, lengths, 132), q, *latents(cached))
+    assert_right(decode(kernels, q, cached, lengths, 132), q, *latents(cached, RANK))
 
 
 @pytest.mark.parametrize("num_splits", [None, 1, 4])
@@ -113,7 +108,7 @@ def test_a_cuda_graph_follows_the_lengths(kernels):
         length_B.copy_(torch.tensor(lengths, dtype=torch.int32))
         graph.replay()
         shorter = cached._replace(rows=[rows[:n] for rows, n in zip(cached.rows, lengths, strict=True)])
-        assert_right(found, q, *latents(shorter))
+        assert_right(found, q, *latents(shorter, RANK))
         bits = [t.clone() for t in found]
         graph.replay()
         assert all(torch.equal(a, b) for a, b in zip(found, bits, strict=True))  # whoever comes first
@@ -128,4 +123,4 @@ def test_offsets_beyond_two_to_the_31(kernels):
     table = torch.tensor([[number - 1]], dtype=torch.int32)
     q = normal(1, 1, 16, RANK + ROTATED, seed=9).to(torch.bfloat16)
     found = decode(kernels, q, cached._replace(cache=large, table=table), [64], 4)
-    assert_right(found, q, *latents(cached))
+    assert_right(found, q, *latents(cached, RANK))

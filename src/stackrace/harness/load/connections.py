@@ -9,11 +9,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
-from stackrace.harness.clock import SECOND, now
+from stackrace.harness.clock import SECOND, Alarms, now
 from stackrace.harness.errors import UsageError
 from stackrace.harness.load import stamps
 from stackrace.harness.load.received import Journal
 
+_UPKEEP = SECOND // 4
 MAX_IDLE = 4 * SECOND  # vLLM and SGLang close an idle connection after 5 s
 READ_BYTES = 16384  # asking for more costs each small read
 _AT_ONCE = 8  # connections that are opened or closed before the loop looks at what is due
@@ -152,6 +153,12 @@ class Connections:
                     self._idle.extend(c for c in opened if isinstance(c, Connection))
             finally:
                 self._opening -= missing
+
+    async def stay_ready(self, alarms: Alarms, number: Callable[[], int]) -> None:
+        """Have as many idle as `number` says, four times a second, until it is cancelled."""
+        while True:
+            await alarms.sleep_until(now() + _UPKEEP)
+            await self.keep_ready(number())
 
     def close(self) -> None:
         """Close every idle connection."""

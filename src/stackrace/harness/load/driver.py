@@ -94,7 +94,8 @@ class Driver:
         if plan.cutoff is not None:
             self._alarms.at(plan.cutoff, self._stop_sending)
             self._alarms.at(plan.cutoff + plan.drain, self.abort)
-        chores = [asyncio.create_task(self._expire_late_ones()), asyncio.create_task(self._keep_connections_ready())]
+        ready = self._connections.stay_ready(self._alarms, lambda: self._connections_needed(now()))
+        chores = [asyncio.create_task(self._expire_late_ones()), asyncio.create_task(ready)]
         self._finish_if_over()
         try:
             await asyncio.wait([self._over, *chores], return_when=asyncio.FIRST_COMPLETED)
@@ -261,11 +262,6 @@ class Driver:
         while True:
             await self._alarms.sleep_until(now() + _UPKEEP)
             self._expire(now())
-
-    async def _keep_connections_ready(self) -> None:
-        while True:
-            await self._alarms.sleep_until(now() + _UPKEEP)
-            await self._connections.keep_ready(self._connections_needed(now()))
 
     def _connections_needed(self, time: int) -> int:
         """How many requests come due within the next second, as far as the cap lets them go."""

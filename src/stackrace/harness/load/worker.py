@@ -70,11 +70,13 @@ class Worker:
         gc.collect()
         gc.freeze()
         gc.disable()
-        await self._connections.keep_ready(self._connections_at_start(share))
+        at_start = self._connections_at_start(share)
+        await self._connections.keep_ready(at_start)
         self._tell(Ready(self._task.worker))
-        keeping = asyncio.ensure_future(self._keep_connections_fresh(self._connections_at_start(share)))
+        # another worker may warm up for longer than servers leave idle connections open
+        staying_ready = asyncio.ensure_future(self._connections.stay_ready(self._alarms, lambda: at_start))
         await self._orders.wait_for(self._go)
-        keeping.cancel()
+        staying_ready.cancel()
         if not self._stop.done():
             await self._race(_plan(job, share, payloads, is_closed, self._go.result(), job.seconds))
         self._alarms.close()
@@ -114,12 +116,6 @@ class Worker:
 
     def _driver(self, plan: Plan, slots: Slots | None, journal: Journal, on_end: Callable[[Capture], None]) -> Driver:
         return Driver(plan, slots, self._alarms, self._readiness, self._connections, journal, on_end)
-
-    async def _keep_connections_fresh(self, number: int) -> None:
-        """Another worker may warm up for longer than servers leave idle connections open."""
-        while True:
-            await asyncio.sleep(_TICK / SECOND)
-            await self._connections.keep_ready(number)
 
     def _connections_at_start(self, share: Share) -> int:
         soon = bisect_right(share.starts, SECOND, key=lambda start: start.due)

@@ -6,7 +6,7 @@ H), K key width, V value width, G pages, P tokens a page, M pages a table row.
 
 from torch import Tensor
 
-from stackrace.kernels.split_kv.attend import Config, attend
+from stackrace.kernels.split_kv.attend import Cache, Config, attend
 from stackrace.kernels.split_kv.schedule import Schedule
 
 
@@ -21,5 +21,5 @@ def gqa_decode(
     config: Config,
 ) -> tuple[Tensor, Tensor]:
     """Outputs [B, T, H, V], and log-sum-exps [B, T, H]: see `attend`."""
-    width = value_GPNV.shape[-1]
-    return attend(q_BTHK, key_GPNK, value_GPNV, width, table_BM, length_B, scale, schedule, config)
+    cache = Cache(key_GPNK, value_GPNV, value_GPNV.shape[-1], table_BM, length_B)
+    return attend(q_BTHK, cache, scale, schedule, config)

@@ -6,7 +6,7 @@ part), R rank, G pages, P tokens a page, M pages a table row.
 
 from torch import Tensor
 
-from stackrace.kernels.split_kv.attend import Config, attend
+from stackrace.kernels.split_kv.attend import Cache, Config, attend
 from stackrace.kernels.split_kv.schedule import Schedule
 
 
@@ -23,4 +23,5 @@ def mla_decode(
     """Outputs in the latent space [B, T, H, R], and log-sum-exps [B, T, H]: see `attend`. One key-value head, whose
     values are the first R numbers of its keys.
     """
-    return attend(q_BTHC, cache_GPC.unsqueeze(2), None, rank, table_BM, length_B, scale, schedule, config)
+    cache = Cache(cache_GPC.unsqueeze(2), None, rank, table_BM, length_B)
+    return attend(q_BTHC, cache, scale, schedule, config)

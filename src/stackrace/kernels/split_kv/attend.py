@@ -9,13 +9,14 @@ H), K key width, V value width, G pages, P tokens a page, M pages a table row, X
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from stackrace.kernels.split_kv.combine import Segments, combine
+from stackrace.kernels.split_kv.combine import LN2, Segments, combine
 from stackrace.kernels.split_kv.schedule import OVERHEAD, Schedule
 
 _LOG2E = 1.4426950408889634
@@ -37,52 +38,66 @@ def untuned(num_rows: int) -> Config:
     return Config(rows=rows, tile=32, warps=warps, stages=3)
 
 
-def attend(
-    q_BTHK: Tensor,
-    key_GPNK: Tensor,
-    value_GPNV: Tensor | None,
-    value_width: int,
-    table_BM: Tensor,
-    length_B: Tensor,
-    scale: float,
-    schedule: Schedule,
-    config: Config,
-) -> tuple[Tensor, Tensor]:
+class Cache(NamedTuple):
+    """What a batch may attend to: the first `length_B` (int32) tokens of the pages in `table_BM`.
+
+    Lengths count the query tokens, too. What lies past a sequence's length, in pages or in the table, does not matter.
+    """
+
+    key_GPNK: Tensor
+    value_GPNV: Tensor | None  # None: the first V numbers of the keys
+    value_width: int  # a power of two; K is V and another one more, or V alone
+    table_BM: Tensor
+    length_B: Tensor
+
+    def check(self, q_BTHK: Tensor) -> None:
+        """AssertionError for what would read or write somewhere else. Costs the host microseconds, in a graph none."""
+        extra = q_BTHK.shape[-1] - self.value_width
+        assert all(t.is_contiguous() for t in (q_BTHK, self.key_GPNK, self.value_GPNV, self.length_B) if t is not None)
+        assert len(self.table_BM) == len(self.length_B) == len(q_BTHK)
+        assert self.table_BM.stride(1) == 1
+        assert self.key_GPNK.shape[-1] == q_BTHK.shape[-1]
+        assert q_BTHK.shape[2] % self.key_GPNK.shape[2] == 0
+        assert self.value_width & (self.value_width - 1) == 0 == extra & (extra - 1)
+        assert self.value_GPNV is None or self.value_GPNV.shape == (*self.key_GPNK.shape[:3], self.value_width)
+
+
+def attend(q_BTHK: Tensor, cache: Cache, scale: float, schedule: Schedule, config: Config) -> tuple[Tensor, Tensor]:
     """softmax(scale q kT) v of the last T tokens of each sequence: [B, T, H, V], typed as `q_BTHK`, and float32
     log-sum-exps [B, T, H].
 
-    `length_B` (int32) counts the query tokens, too; each sees itself and what comes before it. A sequence of length 0
-    gives zeros and -inf. Neither table entries past a sequence's last page nor rows past its length matter.
-    Lengths are 0, or T at least. `schedule` must have been filled for `length_B`. V is a power of two, and K is V and
-    another one more, or V alone. Two launches.
+    Each query token sees itself and what comes before it. A sequence of length 0 gives zeros and -inf; other lengths
+    are T at least. `schedule` must have been filled for these lengths. Two launches.
     """
     num_sequences, num_tokens, num_heads, width = q_BTHK.shape
-    page, num_kv_heads = key_GPNK.shape[1:3]
+    page, num_kv_heads = cache.key_GPNK.shape[1:3]
     num_rows, group = num_tokens * num_heads, num_heads // num_kv_heads
-    _check(q_BTHK, key_GPNK, value_GPNV, value_width, table_BM, length_B, schedule, config)
-    out_BXV = q_BTHK.new_empty(num_sequences, num_rows, value_width)
+    cache.check(q_BTHK)
+    assert num_sequences <= len(schedule.segments_B2)
+    assert page % config.tile == 0
+    out_BXV = q_BTHK.new_empty(num_sequences, num_rows, cache.value_width)
     lse_BX = q_BTHK.new_empty(num_sequences, num_rows, dtype=torch.float32)
-    segments = Segments.allocate(schedule, num_sequences, num_rows, value_width)
+    segments = Segments.allocate(schedule, num_sequences, num_rows, cache.value_width)
     num_blocks = triton.cdiv(num_tokens * group, config.rows)
     _attend[(num_kv_heads * num_blocks, schedule.num_parts)](
         q_BTHK,
-        key_GPNK,
-        key_GPNK if value_GPNV is None else value_GPNV,
-        table_BM,
-        length_B,
+        cache.key_GPNK,
+        cache.key_GPNK if cache.value_GPNV is None else cache.value_GPNV,
+        cache.table_BM,
+        cache.length_B,
         schedule.part_W3,
         out_BXV,
         lse_BX,
         *segments,
         scale * _LOG2E,
-        table_BM.stride(0),
+        cache.table_BM.stride(0),
         num_tokens,
         num_blocks,
         GROUP=group,
         NUM_KV_HEADS=num_kv_heads,
-        VALUE=value_width,
-        EXTRA=width - value_width,
-        IS_SHARED=value_GPNV is None,
+        VALUE=cache.value_width,
+        EXTRA=width - cache.value_width,
+        IS_SHARED=cache.value_GPNV is None,
         PAGE=page,
         OVERHEAD=OVERHEAD,
         ROWS=config.rows,
@@ -90,30 +105,8 @@ def attend(
         STAGES=config.stages,
         num_warps=config.warps,
     )
-    combine(out_BXV, lse_BX, segments, schedule, length_B)
+    combine(out_BXV, lse_BX, segments, schedule, cache.length_B)
     return torch.unflatten(out_BXV, 1, (num_tokens, num_heads)), torch.unflatten(lse_BX, 1, (num_tokens, num_heads))
-
-
-def _check(
-    q_BTHK: Tensor,
-    key_GPNK: Tensor,
-    value_GPNV: Tensor | None,
-    value_width: int,
-    table_BM: Tensor,
-    length_B: Tensor,
-    schedule: Schedule,
-    config: Config,
-) -> None:
-    """What would otherwise read or write somewhere else. Costs microseconds of the host, and none in a CUDA graph."""
-    num_sequences, extra = len(q_BTHK), q_BTHK.shape[-1] - value_width
-    assert all(t.is_contiguous() for t in (q_BTHK, key_GPNK, value_GPNV, length_B) if t is not None)
-    assert len(table_BM) == len(length_B) == num_sequences <= len(schedule.segments_B2)
-    assert table_BM.stride(1) == 1
-    assert key_GPNK.shape[-1] == q_BTHK.shape[-1]
-    assert q_BTHK.shape[2] % key_GPNK.shape[2] == 0
-    assert value_width & (value_width - 1) == 0 == extra & (extra - 1)
-    assert value_GPNV is None or value_GPNV.shape == (*key_GPNK.shape[:3], value_width)
-    assert key_GPNK.shape[1] % config.tile == 0
 
 
 @triton.jit(do_not_specialize=["table_stride"])
@@ -195,7 +188,7 @@ def _attend(
             if (page == 0) & (last_page == num_pages):
                 whole_ptr = out_ptr + here[:, None] * VALUE + column[None, :]
                 tl.store(whole_ptr, out.to(out_ptr.dtype.element_ty), mask=is_row[:, None])
-                tl.store(lse_ptr + here, lse * 0.6931471805599453, mask=is_row)
+                tl.store(lse_ptr + here, lse * LN2, mask=is_row)
             else:
                 segment = (sequence + part).to(tl.int64) * num_rows + row
                 piece_ptr = segment_out_ptr + segment[:, None] * VALUE + column[None, :]

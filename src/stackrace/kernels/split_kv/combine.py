@@ -13,6 +13,7 @@ from torch import Tensor
 
 from stackrace.kernels.split_kv.schedule import Schedule
 
+LN2 = tl.constexpr(0.6931471805599453)  # from base 2 to base e
 _COLUMNS = 128  # of a program
 _AT_ONCE = 16  # segments that are on their way together
 
@@ -94,4 +95,4 @@ def _combine(
             total = total * shrink + tl.sum(weight)
             sums = sums * shrink + tl.sum(weight[:, None] * piece, 0)
         tl.store(out_ptr + at * WIDTH + column, (sums / total).to(out_ptr.dtype.element_ty))
-        tl.store(lse_ptr + at, (highest + tl.log2(total)) * 0.6931471805599453)
+        tl.store(lse_ptr + at, (highest + tl.log2(total)) * LN2)
