@@ -146,6 +146,7 @@ def test_the_three_ways_in_are_one(stackrace):
         assert command in by_script.stdout
 
 
+@pytest.mark.alone
 def test_help_is_quick(stackrace):
     stackrace("--help")
     times = []
