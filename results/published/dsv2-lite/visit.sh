@@ -2,14 +2,14 @@
 # One visit to a GPU machine without a network, in steps that each end within ten minutes and go on where they stopped.
 #
 #   visit.sh unpack NAME FOLDER   FOLDER/NAME.part*, by FOLDER/unpack.sh (stackrace engine bundle) -> $WORK/engines/NAME
-#   visit.sh model [NAME]         the seeded checkpoint, computed on the GPU into $MODELS; in the background
+#   visit.sh model                the seeded checkpoint, computed on the GPU into $MODELS, and what is right to answer to
+#                                 the questions of `verify`; in the background
 #   visit.sh trial BACKEND        one small point, in the background: that it starts, and its compilation is kept
 #   visit.sh race SECONDS NAME[,NAME] [...]   starts or goes on with sweeps (first, tune, mla_off, attention, context, rates,
 #                                 anchor: the point that every visit has), one after the other, in the background; waits
 #                                 that long and says where it is
-#   visit.sh all                  everything that a visit of half an hour has room for, in the background: with four GPUs first
-#                                 `tune`, whose winners then race; `wait all SECONDS` says where it is
-#   visit.sh share                each GPU gets the kernels that the others compiled, while nothing runs
+#   visit.sh all                  everything that a visit of half an hour has room for, in the background; `wait all SECONDS`
+#                                 says where it is
 #   visit.sh wait NAME SECONDS    the end of a background step (model, trial-BACKEND, race-0), and what it printed last
 #   visit.sh state                GPU, clocks, power, processes: what stands beside every figure
 #   visit.sh pack PREFIX          results so far as PREFIX.00 ..., parts of a gzipped tar; without the prompts, which
@@ -17,7 +17,8 @@
 #   visit.sh curate PREFIX        where there is a network again: PREFIX.* -> ../SWEEP/runs for each sweep, whole points
 #                                 only, without logs and with ~ for the home folder, and ../SWEEP/report.html
 #
-# With several GPUs, GPU=1 visit.sh race ... has GPU 1 and its share of the cores, caches and results to itself.
+# With several GPUs, GPU=1 visit.sh race ... has GPU 1 and its share of the cores, and results to itself. What one has
+# compiled, the others find, as soon as its engine has stopped.
 # Each sweep is named after the card that it ran on: h100-dsv2-lite, h200-mla-off and so on.
 # The machine has Python 3.12, torch 2.11 for CUDA 13 and triton 3.6; all else comes in bundles.
 set -euo pipefail
@@ -30,27 +31,32 @@ ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../../.." && pwd)
 unpacker() { STACKRACE_ENGINES=$WORK/engines bash "$WORK/unpack.sh" "$@"; } # the bundle's own
 site() { [ ! -e "$WORK/unpack.sh" ] || unpacker --path "$1"; }
 export VLLM_SITE=$(site vllm) SGLANG_SITE=$(site sglang)
+export FLASHINFER_WORKSPACE_BASE=$WORK/jit TVM_FFI_CACHE_DIR=$WORK/jit/tvm-ffi # both lock what they build
 export PYTHONPATH=$WORK/src/src:$WORK/engines/stackrace HYDRA_FULL_ERROR=1
 declare -A SWEEPS=(
   [first]="sweep=$CARD-dsv2-lite"
-  [tune]="sweep=$CARD-tune backend=sglang_hopper,sglang_workers_hopper,vllm_hopper,vllm_workers_hopper concurrency=64,256 repeat=0 backend.startup_timeout=300"
-  [mla_off]="sweep=$CARD-mla-off backend=vllm_hopper,vllm_mha_hopper concurrency=1,4,16,64"
-  [attention]="sweep=$CARD-attention backend=vllm_hopper,vllm_flashmla_hopper,sglang_hopper,sglang_flashmla_hopper,vllm_triton_hopper,sglang_triton_hopper concurrency=1,16,64"
-  [context]="sweep=$CARD-context concurrency=1,16 lengths.input.tokens=1024,8192,32000 stop.rounds=2"
-  [rates]="sweep=$CARD-rates arrival=poisson concurrency=null stop.requests=null stop.seconds=30 arrival.rate=2,4,8,16,24,32,40"
+  [tune]="sweep=$CARD-tune backend=vllm_workers_hopper,vllm_hopper concurrency=64,256"
+  [mla_off]="sweep=$CARD-mla-off backend=vllm_hopper,vllm_mha_hopper concurrency=1,4,16,64 common.kv_cache_memory_bytes=34359738368"
+  [attention]="sweep=$CARD-attention backend=vllm_flashmla_hopper,sglang_flashmla_hopper,vllm_triton_hopper,sglang_triton_hopper,vllm_hopper,sglang_hopper concurrency=1,16,64"
+  [context]="sweep=$CARD-context backend=vllm_hopper,sglang_hopper concurrency=1,16 lengths.input.tokens=1024,8192,32000 stop.rounds=2"
+  [rates]="sweep=$CARD-rates backend=vllm_hopper,sglang_hopper arrival=poisson concurrency=null stop.requests=null stop.seconds=30 arrival.rate=4,8,16,24,32,40,48"
   [anchor]="sweep=$CARD-anchor backend=vllm_hopper concurrency=16"
 )
 
 bench() { # of the sweeps' own settings, then what is asked
-  local alone=() count share
+  local alone=() count
   count=$(wc -l <<<"$cards")
   if [ "$count" -gt 1 ]; then
-    share=$(($(nproc --all) / count))
-    alone=(env "CUDA_VISIBLE_DEVICES=$GPU" "HOME=$WORK/home-$GPU" taskset -c "$((GPU * share))-$(((GPU + 1) * share - 1))")
-    mkdir -p "$WORK/home-$GPU"
+    alone=(env "CUDA_VISIBLE_DEVICES=$GPU" "HOME=$WORK/home-$GPU" taskset -c "$(cores "$count")")
+    mkdir -p "$WORK/home-$GPU" "$WORK/results/gpu$GPU" "$WORK/references"
+    ln -sfn "$WORK/references" "$WORK/results/gpu$GPU/references"
   fi
   "${alone[@]}" python3 -m stackrace bench --config-dir "$VISIT/conf" experiment=dsv2_lite hardware="$CARD" \
     models="$MODELS" results="$WORK/results/gpu$GPU" "$@"
+}
+cores() { # COUNT: those of $GPU, where COUNT GPUs share them
+  python3 -c 'import os, sys; g, n = map(int, sys.argv[1:]); c = sorted(os.sched_getaffinity(0)); k = len(c) // n
+print(",".join(map(str, c[g * k : (g + 1) * k])))' "$GPU" "$1"
 }
 on_a_card() { [ -n "$CARD" ] || { echo "no H100 or H200 here: set CARD to another name of conf/hardware" >&2; exit 2; }; }
 copy() {
@@ -74,14 +80,23 @@ wait_for() { # NAME SECONDS: until it has ended, or for so long
 go() { # GPU, seconds, then sweeps, each with its settings in one word: one after the other, each ended after so long
   local GPU=$1 seconds=$2 sweep
   for sweep in "${@:3}"; do
+    compiled home-all "home-$GPU"
     bash "$VISIT/visit.sh" race "$seconds" $sweep || echo "GPU $GPU: $sweep: exit code $?"
     stop "race-$GPU"
+    compiled "home-$GPU" home-all
   done
+}
+compiled() { # FROM TO: what one home folder has and the other has not; no engine writes to either
+  mkdir -p "$WORK/$1" "$WORK/$2"
+  flock "$WORK/home-all.lock" cp -rn "$WORK/$1/." "$WORK/$2/" 2>/dev/null || true # 1: some were there
 }
 stop() { # NAME: end a background step as Ctrl-C would, and what it started with it
   ! is_running "$1" || { echo "$1 takes too long"; kill -TERM -- "-$(cat "$WORK/$1.pid")"; wait_for "$1" 60 >/dev/null; }
 }
-best() { python3 "$VISIT/best.py" "$WORK/results" "$CARD-tune" "$@" || echo "$1"; }
+best() { python3 "$VISIT/best.py" "$WORK/results" "$CARD-dsv2-lite" "$@" || echo "$1"; }
+further() { # vLLM and the better SGLang of what has run until now, then what else: for `go`
+  local sglang; sglang=$(best sglang_hopper sglang_workers_hopper); echo "${1//SGLANG/$sglang}"
+}
 wait_for_model() {
   while is_running model; do sleep 1; done
   [ -d "$MODELS/dsv2_lite-seed0" ] || { tail -3 "$WORK/model.log" >&2; exit 1; }
@@ -91,9 +106,12 @@ case ${1:-} in
 unpack)
   mkdir -p "$WORK" && cp "$3/unpack.sh" "$WORK/" && unpacker "$2" "$3" ;;
 model)
-  copy; name=${2:-dsv2_lite}; mkdir -p "$MODELS"
-  [ -d "$MODELS/$name-seed0" ] || in_background model \
-    python3 -m stackrace model make "$name" --seed 0 --out "$MODELS/$name-seed0" --device ${DEVICE:-cuda} ;;
+  copy; mkdir -p "$MODELS"; in_background model bash "$VISIT/visit.sh" run_model ;;
+run_model)
+  [ -d "$MODELS/dsv2_lite-seed0" ] ||
+    python3 -m stackrace model make dsv2_lite --seed 0 --out "$MODELS/dsv2_lite-seed0" --device "${DEVICE:-cuda}"
+  mkdir -p "$WORK/references"
+  python3 "$VISIT/judge.py" "$WORK" models="$MODELS" hardware="$CARD" ;;
 trial)
   on_a_card; copy; in_background "trial-$2" bash "$VISIT/visit.sh" run_trial "${@:2}" ;;
 run_trial)
@@ -108,28 +126,21 @@ all)
   on_a_card; copy; in_background all bash "$VISIT/visit.sh" run_all ;;
 run_all)
   wait_for_model
+  vllm="first backend=vllm_hopper" sglang="first backend=sglang_hopper" workers="first backend=sglang_workers_hopper"
   case $(wc -l <<<"$cards") in
   1) go 0 3600 first mla_off rates context attention ;;
   2 | 3)
-    go 0 3600 "first repeat=0" "first repeat=2" context attention & go 1 3600 "first repeat=1" mla_off rates & wait ;;
-  *) # either order of two settings on one GPU each, so that neither the GPU nor the order tells them apart
-    go 0 550 "tune backend=vllm_hopper,vllm_workers_hopper" & go 1 550 "tune backend=vllm_workers_hopper,vllm_hopper" &
-    go 2 550 "tune backend=sglang_hopper,sglang_workers_hopper" &
-    go 3 550 "tune backend=sglang_workers_hopper,sglang_hopper" & wait
-    vllm=$(best vllm_hopper vllm_workers_hopper)
-    sglang=$(best sglang_hopper sglang_workers_hopper)
-    both=$vllm,$sglang
-    echo "$both race"
-    bash "$VISIT/visit.sh" share || echo "share: exit code $?"
-    go 0 3600 "first backend=$both repeat=0" "rates backend=$both repeat=0 arrival.rate=2,8,24,40" &
-    go 1 3600 "first backend=$both repeat=1" "rates backend=$both repeat=0 arrival.rate=4,16,32" &
-    go 2 3600 "first backend=$both repeat=2" "context backend=$both repeat=0" &
-    go 3 3600 "mla_off repeat=0" "attention repeat=0" & wait ;;
+    (go 0 500 "$vllm repeat=0" "$workers repeat=0" "$sglang repeat=0" "$vllm repeat=2" "$sglang repeat=2" "$workers repeat=2"
+     go 0 3600 context attention) &
+    (go 1 500 "$workers repeat=1" "$sglang repeat=1" "$vllm repeat=1"; go 1 3600 mla_off rates) & wait ;;
+  *) # a repeat each, in another order
+    (go 0 500 "$vllm repeat=0" "$workers repeat=0" "$sglang repeat=0"
+     go 0 3600 "$(further "rates backend=vllm_hopper,SGLANG arrival.rate=4,16,32,48 repeat=0")") &
+    (go 1 500 "$workers repeat=1" "$sglang repeat=1" "$vllm repeat=1"
+     go 1 3600 "$(further "rates backend=SGLANG,vllm_hopper arrival.rate=8,24,40 repeat=0")") &
+    (go 2 500 "$sglang repeat=2" "$vllm repeat=2" "$workers repeat=2"; go 2 3600 "attention repeat=0") &
+    (go 3 3600 "mla_off repeat=0" "context lengths.input.tokens=8192,32000 repeat=0" "tune repeat=0") & wait ;;
   esac ;;
-share)
-  for from in "$WORK"/home-*; do
-    for to in "$WORK"/home-*; do [ "$from" = "$to" ] || cp -ru "$from/." "$to/"; done
-  done ;;
 wait)
   wait_for "$2" "$3" ;;
 state)
@@ -145,7 +156,8 @@ curate)
     there=$published/$sweep; rm -rf "$there/runs"; mkdir -p "$there/runs"
     for run in $runs; do
       key=$(dirname "$run"); mkdir "$there/runs/${key##*/}"
-      cp "$key"/{run.json,config.yaml,requests.parquet,telemetry.parquet} "$there/runs/${key##*/}/"
+      cp "$key"/{run.json,config.yaml,requests.parquet} "$there/runs/${key##*/}/"
+      [ ! -e "$key/telemetry.parquet" ] || cp "$key/telemetry.parquet" "$there/runs/${key##*/}/"
     done
     sed -i 's#/[^" :]*/visit\b#~/visit#g; s#"/[^" ]*/bin/python3"#"python3"#g' "$there"/runs/*/{run.json,config.yaml}
     stackrace report "$there/runs" -o "$there/report.html"
