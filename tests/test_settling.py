@@ -7,7 +7,7 @@ from test_validity import BENCH, queue, row
 
 from stackrace.harness import records as table
 from stackrace.harness.observed import Observed
-from stackrace.harness.settling import DETECTED, NEVER, NONE, PLAIN, mser, outstanding, settled
+from stackrace.harness.settling import BRIEF, DETECTED, NEVER, NONE, PLAIN, mser, outstanding, settled
 from stackrace.harness.summary import steadiness, summarize
 from stackrace.harness.validity import judge
 
@@ -45,6 +45,8 @@ def test_the_rule_is_named():
     assert settled(due[:99], due[:99] + 1, 1.0, 9.8) == (1.0, PLAIN)  # 19 bins of 5
     assert settled(due, due * 2 + 1, 1.0, 19.9) == (None, NEVER)
     assert settled(due, due + 30, 30.0, 19.9) == (None, NONE)
+    assert settled(due[:99], due[:99] + 4.9, 4.9, 9.8) == (4.9, PLAIN)
+    assert settled(due[:99], due[:99] + 5.0, 5.0, 9.8) == (None, BRIEF)  # 4.8 s of requests that take 5
     assert settled(due, due + 12, 12.0, 19.9) == (None, NEVER)  # its first answer comes in the second half
 
 
@@ -62,6 +64,14 @@ def test_a_closed_loop_is_steady_from_its_first_answer_to_its_last_start():
     run = Observed(table.frame(rows))
     assert run.steady == (pytest.approx(0.5), pytest.approx(24.5))
     assert steadiness(table.frame(rows)) == {"begin": 0.5, "end": 24.5, "rule": DETECTED}
+
+
+def test_waves_too_few_leave_no_window_between_them():
+    """Four slots, two waves: the first answer comes at 0.5 s, the last request starts 10 ms later."""
+    rows = [row(i, 0.5 * (i // 4) + (i == 7) * 0.01, service=0.5) for i in range(8)]
+    found = summarize(table.frame(rows), {"ttft_ms": 500})
+    assert steadiness(table.frame(rows)) == {"begin": None, "end": None, "rule": BRIEF}
+    assert found["output_throughput"].keys() == {"whole"}
 
 
 def test_a_run_that_never_settles_has_no_steady_numbers():

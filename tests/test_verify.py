@@ -33,10 +33,10 @@ from stackrace.harness.errors import UsageError
 from stackrace.harness.types import Endpoint
 from stackrace.harness.verify import answers as asking
 from stackrace.harness.verify import judge, reference
-from stackrace.harness.verify.answers import NoAnswer
+from stackrace.harness.verify.answers import Answers, NoAnswer
 from stackrace.harness.verify.command import verify
 from stackrace.harness.verify.naming import Names
-from stackrace.harness.verify.questions import Questions, draw
+from stackrace.harness.verify.questions import Questions, draw, prefix_lengths
 from stackrace.harness.verify.reference import NoJudge, Peer, obtain, place
 from stackrace.harness.verify.settings import parse
 from stackrace.harness.verify.verdict import compare
@@ -93,6 +93,34 @@ def test_a_page_lost_between_chunks_is_found_where_it_was(tiny: World, monkeypat
 def test_swapped_experts_are_found(expert: World) -> None:
     assert verdict(expert, nothing).verdict == "equal"
     assert verdict(expert, swapped_experts).verdict == "differs"
+
+
+@pytest.mark.parametrize(
+    ("off", "expected"),
+    [
+        ({3: 0.4}, "equal"),
+        ({3: 0.4, 23: 0.4, 24: 0.4}, "equal"),  # of other lengths: what rounding may do
+        ({3: 0.4, 43: 0.4}, "computes something else: every prefix of a length far off (0.4 after 14 tokens, "),
+        ({3: 0.4, 23: 0.4, 24: 0.4, 25: 0.4}, "computes something else: 4 of 60 prefixes far off"),
+    ],
+)
+def test_a_length_that_is_always_wrong_is_found(off: dict[int, float], expected: str) -> None:
+    """Lengths 11 to 50, the first 20 of them twice; limits of a judge unknown: 0.3, and 5 % of 60."""
+    lengths = [*range(11, 51), *range(11, 31)]
+    questions = Questions(tuple((7,) * n for n in lengths), ((7,),), 1, 1)
+    right = [{7: -1.0} for _ in lengths]
+    wrong = [{7: -1.0 - off.get(i, 0.0)} for i in range(len(lengths))]
+    once = [[7]], [[{7: -1.0}]]
+    settings = parse(SHORT | {"mean_limit": 1.0})
+    found = compare(Peer("right", Answers(right, *once)), Answers(wrong, *once), questions, settings)
+    assert found.words.startswith(expected)
+
+
+def test_lengths_that_are_wanted_are_asked_twice(tiny: World) -> None:
+    lengths = [len(prefix) for prefix in tiny.questions.prefixes]
+    assert lengths[:8] == [*SETTINGS.exact, *SETTINGS.exact]
+    assert len(set(tiny.questions.prefixes[:8])) == 8
+    assert prefix_lengths(SETTINGS._replace(prefixes=6), 650) == [64, 65, 600, 64, 65, 600]
 
 
 def test_stacks_without_a_judge_are_held_to_each_other(tiny: World) -> None:
@@ -200,7 +228,7 @@ def test_questions_are_seeded_fit_and_hold_no_special_token() -> None:
     assert asked == draw(SETTINGS, usable, 100)
     assert asked.hash != draw(SETTINGS._replace(seed=1), usable, 100).hash
     assert asked.longest == 100
-    assert [len(p) for p in asked.prefixes[:3]] == [64, 65, 16]
+    assert [len(p) for p in asked.prefixes[:5]] == [64, 65, 64, 65, 16]
     assert len(asked.prefixes) == SETTINGS.prefixes
     assert {t for p in (*asked.prefixes, *asked.prompts) for t in p} == set(usable)
     assert max(map(len, draw(SETTINGS, usable, None).prefixes)) == 700

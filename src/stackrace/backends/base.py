@@ -14,6 +14,7 @@ from stackrace.backends.checkpoint import Checkpoint
 from stackrace.backends.gauges import Names
 from stackrace.backends.running import Engine, Placement
 from stackrace.harness.errors import UsageError, require
+from stackrace.harness.host import VISIBLE_GPUS
 from stackrace.harness.types import Endpoint
 
 _NO_IDENTITY = (
@@ -94,6 +95,10 @@ class Backend(ABC):
     def uses_gpu(self) -> bool:
         """Whether it may use the GPUs of its machine."""
         return True
+
+    def visible_gpus(self) -> str | None:
+        """The engine's CUDA_VISIBLE_DEVICES; None: it may use all."""
+        return self.environment().get(VISIBLE_GPUS, os.environ.get(VISIBLE_GPUS))
 
     def fingerprint(self) -> str:
         """Hash of everything that makes it this engine: settings and version, but neither port nor paths.

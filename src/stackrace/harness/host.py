@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -100,12 +101,32 @@ def cpu_model() -> str:
 
 
 @functools.cache
-def gpus() -> tuple[dict[str, str], ...]:
-    """What nvidia-smi says of each GPU here: its `name`, driver, memory and limits; empty without a driver."""
+def gpus(setting: str | None) -> tuple[dict[str, str], ...]:
+    """Of each GPU that CUDA_VISIBLE_DEVICES=`setting` leaves, what nvidia-smi says; empty without a driver.
+
+    Its `name`, driver, memory and limits.
+    """
     fields = ("name", "driver_version", "memory.total", "power.limit", "clocks.max.sm")
-    told = said("nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader")
-    rows = told.splitlines() if told else []
-    return tuple(dict(zip(fields, map(str.strip, row.split(",")), strict=False)) for row in rows)
+    told = said("nvidia-smi", f"--query-gpu=uuid,{','.join(fields)}", "--format=csv,noheader")
+    rows = [[word.strip() for word in line.split(",")] for line in (told or "").splitlines()]
+    kept = visible([uuid for uuid, *_ in rows], setting)
+    return tuple(dict(zip(fields, rows[index][1:], strict=False)) for index in kept)
+
+
+def visible(uuids: Sequence[str], setting: str | None) -> list[int]:
+    """Numbers of the GPUs that CUDA_VISIBLE_DEVICES=`setting` leaves; None leaves all.
+
+    Numbers and prefixes of UUIDs count as in CUDA, which stops at one it cannot find.
+    """
+    if setting is None:
+        return list(range(len(uuids)))
+    found: list[int] = []
+    for word in map(str.strip, setting.split(",")):
+        index = next((i for i, uuid in enumerate(uuids) if word and (word == str(i) or uuid.startswith(word))), None)
+        if index is None:
+            break
+        found.append(index)
+    return found
 
 
 def said(*command: str) -> str | None:

@@ -135,6 +135,11 @@ def build_backend(cfg: DictConfig) -> tuple[Backend, host.Cores]:
     return backend, _cores(config)
 
 
+def gpus_of(backend: Backend) -> tuple[dict[str, str], ...]:
+    """What is known of the GPUs that an engine may use."""
+    return host.gpus(backend.visible_gpus()) if backend.uses_gpu() else ()
+
+
 def _resolve(cfg: DictConfig) -> dict[str, Any]:
     try:
         config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
@@ -283,6 +288,5 @@ def _key(config: Mapping[str, Any], backend: Backend, frozen: tuple[str | None, 
     settings["workload"] = _without(config["workload"], _SOURCES)
     settings["model"] = {k: v for k, v in config["model"].items() if k != "checkpoint"}
     settings["hardware"] = {k: v for k, v in config["hardware"].items() if k != "roofs"}
-    gpus = [gpu["name"] for gpu in host.gpus()] if backend.uses_gpu() else []
-    identity = [settings, *frozen, host.cpu_model(), *map(len, cores), *gpus]
+    identity = [settings, *frozen, host.cpu_model(), *map(len, cores), *(gpu["name"] for gpu in gpus_of(backend))]
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]

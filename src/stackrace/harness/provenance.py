@@ -9,7 +9,7 @@ import psutil
 
 import stackrace
 from stackrace.harness import host
-from stackrace.harness.point import Point
+from stackrace.harness.point import Point, gpus_of
 
 _PACKAGES = ("aiohttp", "hydra-core", "numpy", "pandas", "safetensors", "tokenizers", "torch", "triton", "uvloop")
 
@@ -24,7 +24,7 @@ def provenance(point: Point) -> dict[str, Any]:
         "platform": platform.platform(),
         "cpu": {"model": host.cpu_model(), "cores": psutil.cpu_count()},
         "memory_bytes": psutil.virtual_memory().total,
-        "gpus": host.gpus(),
+        "gpus": gpus_of(point.backend),
         "cores": point.cores._asdict(),
         "seed": point.config["seed"],
         "checkpoint": point.weights,

@@ -7,7 +7,9 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
 
-DETECTED, PLAIN, NEVER, NONE = "MSER-5", "first answer", "never settled", "none"
+DETECTED, PLAIN, NEVER, BRIEF, NONE = "MSER-5", "first answer", "never settled", "too brief", "none"
+UNSTEADY = {NEVER: "the load never settled", BRIEF: "shorter than a request takes"}
+"""Why there is no window, by the rule that found none."""
 BATCH = 5  # requests that come due in a bin, on average: the 5 of MSER-5
 FEWEST = 20  # bins that the rule needs
 _DIGITS = 3  # of a request: what differs by less is the client's lateness, or rounding
@@ -23,13 +25,14 @@ class Settled(NamedTuple):
 def settled(due: Floats, end: Floats, first: float, last: float) -> Settled:
     """By MSER-5 on the requests outstanding (due and not ended) until `last`, or at `first` where those are few.
 
-    `first` is when the first ok request finished, before which nothing has settled.
+    `first` is when the first ok request finished, before which nothing has settled. Few requests leave no window where
+    one of them usually takes longer than that would be: it would show a moment of a wave.
     """
     if last <= first:
         return Settled(None, NONE)
     bins = len(due) // BATCH
     if bins < FEWEST:
-        return Settled(first, PLAIN)
+        return Settled(None, BRIEF) if last - first < _usual(due, end) else Settled(first, PLAIN)
     edges = np.linspace(due.min(), last, bins + 1)
     earliest = int(np.searchsorted(edges, first, side="right")) - 1
     cut = mser(outstanding(due, end, edges), earliest)
@@ -59,6 +62,11 @@ def outstanding(due: Floats, end: Floats, edges: Floats) -> Floats:
     known = np.isfinite(due) & np.isfinite(end)
     mean: Floats = np.diff(_waited(due[known], edges) - _waited(end[known], edges)) / np.diff(edges)
     return mean
+
+
+def _usual(due: Floats, end: Floats) -> float:
+    """Seconds that a request takes, the median."""
+    return float(np.nanmedian(end - due))
 
 
 def _waited(times: Floats, at: Floats) -> Floats:

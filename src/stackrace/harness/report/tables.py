@@ -10,7 +10,7 @@ from rich.text import Text
 
 from stackrace.harness.report.numbers import NONE, digits, exact
 from stackrace.harness.report.points import Point, by_setting, from_runs
-from stackrace.harness.settling import NEVER
+from stackrace.harness.settling import UNSTEADY
 from stackrace.harness.store import StoredRun
 from stackrace.harness.summary import metrics
 
@@ -126,7 +126,7 @@ def _cells(point: Point, repeated: bool) -> list[Text]:
 
 
 def _reasons(points: Sequence[Point]) -> Text | None:
-    """Why points are not valid or did not end well, each reason once; and which never settled."""
+    """Why points are not valid or did not end well, each reason once; and which have no steady window."""
     where: dict[tuple[str, str], list[str]] = defaultdict(list)
     for point in points:
         if point.reasons:
@@ -135,8 +135,9 @@ def _reasons(points: Sequence[Point]) -> Text | None:
         Text.assemble((word, _style(word)), f" {', '.join(dict.fromkeys(places))}: {reason}")
         for (word, reason), places in where.items()
     ]
-    if unsettled := [f"{p.stack} at {p.condition.load.label}" for p in points if p.settled == NEVER]:
-        lines.append(Text(f"no steady window (the load never settled): {', '.join(dict.fromkeys(unsettled))}"))
+    for rule, why in UNSTEADY.items():
+        if without := [f"{p.stack} at {p.condition.load.label}" for p in points if p.settled == rule]:
+            lines.append(Text(f"no steady window ({why}): {', '.join(dict.fromkeys(without))}"))
     return Text("\n").join(lines) if lines else None
 
 

@@ -5,7 +5,7 @@ from typing import TypedDict
 
 from stackrace.harness.report.numbers import NONE, digits, exact
 from stackrace.harness.report.points import Point
-from stackrace.harness.settling import NEVER
+from stackrace.harness.settling import UNSTEADY
 from stackrace.harness.summary import STEADY, Metric, metrics, quantile_name
 
 TOLD = ("ttft", "tpot", "itl", "e2e", "interactivity", "output_throughput", "request_throughput", "goodput", "lag")
@@ -44,8 +44,8 @@ def _state(point: Point) -> Iterator[tuple[str, str, str]]:
     begin, end = (point.value(f"window_{side}", "steady") for side in ("begin", "end"))
     if begin is not None:
         yield "steady window", f"{digits(begin)} to {digits(end)} (from: {point.settled})", "s"
-    elif point.settled == NEVER:
-        yield "steady window", f"{NONE} ({NEVER})", ""
+    elif point.settled in UNSTEADY:
+        yield "steady window", f"{NONE} ({point.settled})", ""
 
 
 def _row(point: Point, metric: Metric) -> tuple[str, str, str]:

@@ -5,6 +5,7 @@ from types import ModuleType
 from typing import Any
 
 from stackrace.harness.errors import TelemetryError
+from stackrace.harness.host import visible
 from stackrace.harness.telemetry.source import Reading
 
 REASONS = {
@@ -78,15 +79,6 @@ def nvml() -> ModuleType:
 
 
 def _visible(nvml: Any, setting: str | None) -> dict[int, Any]:
-    """Handles by NVML's numbers. Numbers and prefixes of UUIDs count as in CUDA, which stops at one it cannot find."""
-    gpus = {index: nvml.nvmlDeviceGetHandleByIndex(index) for index in range(nvml.nvmlDeviceGetCount())}
-    if setting is None:
-        return gpus
-    names = {index: nvml.nvmlDeviceGetUUID(gpu) for index, gpu in gpus.items()}
-    found: dict[int, Any] = {}
-    for word in map(str.strip, setting.split(",")):
-        index = next((i for i, name in names.items() if word and (word == str(i) or name.startswith(word))), None)
-        if index is None:
-            break
-        found[index] = gpus[index]
-    return found
+    """Handles by NVML's numbers."""
+    gpus = [nvml.nvmlDeviceGetHandleByIndex(index) for index in range(nvml.nvmlDeviceGetCount())]
+    return {index: gpus[index] for index in visible([nvml.nvmlDeviceGetUUID(gpu) for gpu in gpus], setting)}

@@ -1,13 +1,11 @@
 """Which sources of telemetry a stack has."""
 
-import os
 from collections.abc import Callable
 from ipaddress import ip_address
 from urllib.parse import urlsplit
 
 from stackrace.backends.base import Backend
 from stackrace.harness.errors import TelemetryError
-from stackrace.harness.host import VISIBLE_GPUS
 from stackrace.harness.telemetry.gauges import Gauges
 from stackrace.harness.telemetry.gpu import GPUs, nvml
 from stackrace.harness.telemetry.processes import Processes
@@ -31,7 +29,7 @@ def _gpus(backend: Backend, endpoint: Endpoint) -> GPUs:
         raise TelemetryError("this stack uses none")
     if not _is_here(endpoint):
         raise TelemetryError("the engine runs on another machine")
-    return GPUs(nvml(), backend.environment().get(VISIBLE_GPUS, os.environ.get(VISIBLE_GPUS)))
+    return GPUs(nvml(), backend.visible_gpus())
 
 
 def _processes(endpoint: Endpoint) -> Processes:

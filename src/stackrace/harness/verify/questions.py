@@ -59,8 +59,12 @@ def draw(settings: Settings, usable: Sequence[int], max_model_len: int | None) -
 
 
 def prefix_lengths(settings: Settings, most: int) -> list[int]:
-    """Those wanted exactly, as far as they fit and are not too many, and others from the shortest to the longest."""
-    exact = [length for length in settings.exact if length <= most][: settings.prefixes]
+    """Those wanted exactly, as far as they fit and are not too many, and others from the shortest to the longest.
+
+    Twice each, of other tokens: what goes wrong with a length goes wrong with both, what rounding does hardly ever.
+    """
+    exact = [length for length in settings.exact if length <= most]
+    exact = [*exact, *exact][: settings.prefixes]
     return exact + _spread(settings, settings.prefixes - len(exact))
 
 

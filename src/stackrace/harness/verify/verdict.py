@@ -1,5 +1,6 @@
 """Whether answers are the reference's, up to rounding: equal or differs, in words and numbers."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
@@ -146,6 +147,16 @@ def _decoding(reference: Reference, answers: Answers, partings: Sequence[Parting
     ]
 
 
+def _of_one_length(ranked: Sequence[Prefix], beyond: Sequence[Prefix]) -> list[Prefix]:
+    """Those of the prefixes beyond the limit that are all of their length, of which there are several."""
+    of_length, off = Counter(p.tokens for p in ranked), Counter(p.tokens for p in beyond)
+    return [p for p in beyond if of_length[p.tokens] == off[p.tokens] > 1]
+
+
+def _shown(prefixes: Sequence[Prefix]) -> str:
+    return ", ".join(f"{p.difference:.2g} after {p.tokens} tokens" for p in prefixes[:_SHOWN])
+
+
 def _reasons(
     ranked: Sequence[Prefix], decoding: Sequence[float], partings: Sequence[Parting], limits: Limits
 ) -> list[str]:
@@ -157,8 +168,9 @@ def _reasons(
             reasons.append(f"mean |Δlogp| {mean:.2g} {where}")
     beyond = [p for p in ranked if p.difference > limits.worst]
     if len(beyond) > max(1, limits.tail * len(ranked)):
-        shown = ", ".join(f"{p.difference:.2g} after {p.tokens} tokens" for p in beyond[:_SHOWN])
-        reasons.append(f"{len(beyond)} of {len(ranked)} prefixes far off ({shown})")
+        reasons.append(f"{len(beyond)} of {len(ranked)} prefixes far off ({_shown(beyond)})")
+    elif alike := _of_one_length(ranked, beyond):
+        reasons.append(f"every prefix of a length far off ({_shown(alike)})")
     if wrong := [p for p in partings if p.behind > limits.gap]:
         far = max(wrong, key=lambda p: p.behind)
         reasons.append(f"{len(wrong)} of the greedy outputs part at a token {far.behind:.2g} behind (step {far.step})")

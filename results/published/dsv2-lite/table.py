@@ -1,0 +1,57 @@
+"""A sweep as the table of its page: `table.py FOLDER [STACK...]`; the median of the launches (lowest to highest)."""
+
+import json
+import sys
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+Summary = dict[str, Any]
+ABSENT = "-"  # power, where a run took fewer than four readings
+COLUMNS: dict[str, tuple[Callable[[Summary], float | None], str]] = {
+    "output tok/s": (lambda s: s["output_throughput"]["whole"], ",.0f"),
+    "TTFT p50, ms": (lambda s: 1e3 * s["ttft"]["p50"], ",.3g"),
+    "TTFT p90, ms": (lambda s: 1e3 * s["ttft"]["p90"], ",.3g"),
+    "TPOT p50, ms": (lambda s: 1e3 * s["tpot"]["p50"], ".3g"),
+    "TPOT p90, ms": (lambda s: 1e3 * s["tpot"]["p90"], ".3g"),
+    "GPU, W": (lambda s: s.get("gpu_power", {}).get("run"), ".0f"),
+    "J an output token": (lambda s: s.get("energy_per_output_token", {}).get("run"), ".2f"),
+}
+
+
+def cell(values: list[float | None], form: str) -> str:
+    """Median and range of one measure; the range only where there were several launches."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return ABSENT
+    middle = words(median(known), form)
+    return middle if len(known) == 1 else f"{middle} ({words(min(known), form)} to {words(max(known), form)})"
+
+
+def words(value: float, form: str) -> str:
+    """Three digits at least, and no powers of ten."""
+    return f"{value:,.0f}" if form.endswith("g") and value >= 1000 else f"{value:{form}}"
+
+
+def main() -> None:
+    """Print the table: what was asked, and the stack, one row each."""
+    folder, *stacks = sys.argv[1:]
+    rows: dict[tuple[float, float, str], list[Summary]] = defaultdict(list)
+    runs = [json.loads(path.read_bytes()) for path in sorted(Path(folder).glob("runs/*/run.json"))]
+    for run in runs:
+        point = run["point"]
+        load = point["rate"] or point["concurrency"]
+        if not stacks or point["stack"] in stacks:
+            rows[point["input_tokens"], load, point["stack"]].append(run["summary"])
+    load = "req/s" if any(run["point"]["rate"] for run in runs) else "in flight"
+    print(f"| in | {load} | stack | launches | {' | '.join(COLUMNS)} |")
+    print("|---" * (len(COLUMNS) + 4) + "|")
+    for (prompt, load, stack), found in sorted(rows.items()):
+        cells = [cell([measure(s) for s in found], form) for measure, form in COLUMNS.values()]
+        print(f"| {prompt:,.0f} | {load:g} | {stack} | {len(found)} | {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    main()
