@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-BEST = Path(__file__).parents[1] / "results" / "published" / "dsv2-lite" / "best.py"
+PUBLISHED = Path(__file__).parents[1] / "results" / "published"
+BEST, TABLE = (PUBLISHED / "dsv2-lite" / name for name in ("best.py", "table.py"))
 GOOD = {"status": "ok", "equivalence": {"verdict": "equal"}, "validity": {"verdict": "valid"}}
 
 
@@ -45,3 +46,25 @@ def table(at_64, at_256, **changes):
 )
 def test_another_setting_races_only_where_it_is_clearly_better(tmp_path, points, expected):
     assert best(tmp_path, points) == expected
+
+
+@pytest.mark.parametrize("sweep", sorted(path.parent.name for path in PUBLISHED.glob("*/runs")))
+def test_the_table_of_a_page_is_that_of_its_runs(sweep):
+    told = subprocess.run([sys.executable, TABLE, PUBLISHED / sweep], capture_output=True, text=True, check=True).stdout
+    rows = [line for line in (PUBLISHED / sweep / "README.md").read_text().splitlines() if line in told.splitlines()]
+    assert rows == told.splitlines()
+
+
+def test_a_table_by_hand(tmp_path):
+    """Two launches, one of them too short for a mean of the power."""
+    for number, (throughput, power) in enumerate([(1234.4, None), (1000.0, 321.6)]):
+        seconds = {"p50": 0.0305, "p90": 1.25}
+        summary = {"output_throughput": {"whole": throughput}, "ttft": seconds, "tpot": seconds}
+        summary |= {"gpu_power": {"run": power}} if power else {}
+        point = {"stack": "a", "rate": None, "concurrency": 16, "input_tokens": 1024.0}
+        run = tmp_path / "runs" / str(number)
+        run.mkdir(parents=True)
+        (run / "run.json").write_text(json.dumps({"point": point, "summary": summary}))
+    told = subprocess.run([sys.executable, TABLE, tmp_path], capture_output=True, text=True, check=True).stdout
+    spread = "30.5 (30.5 to 30.5) | 1,250 (1,250 to 1,250)"
+    assert told.splitlines()[2:] == [f"| 1,024 | 16 | a | 2 | 1,117 (1,000 to 1,234) | {spread} | {spread} | 322 | - |"]

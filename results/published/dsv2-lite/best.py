@@ -1,4 +1,4 @@
-"""Which of some backends streamed most in the sweep that compares them: `best.py RESULTS SWEEP BACKEND...`.
+"""Which of some backends streamed most in a sweep until now: `best.py RESULTS SWEEP BACKEND...`.
 
 By the geometric mean of output tokens per second, over GPUs and concurrencies. The first backend is the usual one: it
 stands unless another one is better by more than launches of one setting differ, at all of its points.
