@@ -7,7 +7,8 @@ import pytest
 from stackrace.backends.mla.backend import MLA
 from stackrace.backends.vllm import VLLM
 from stackrace.harness import host
-from stackrace.harness.point import gpus_of
+from stackrace.harness.point import gpus_of, plan
+from stackrace.harness.provenance import provenance
 
 TOLD = """\
 GPU-a0, NVIDIA H100 80GB HBM3, 580.1, 81559 MiB, 700.00 W, 1980 MHz
@@ -41,6 +42,8 @@ def backend(kind, **settings):
         ({}, ["NVIDIA H100 80GB HBM3", "NVIDIA H200"]),
         ({"CUDA_VISIBLE_DEVICES": 1}, ["NVIDIA H200"]),
         ({"CUDA_VISIBLE_DEVICES": "GPU-a"}, ["NVIDIA H100 80GB HBM3"]),
+        ({"CUDA_VISIBLE_DEVICES": "1,7,0"}, ["NVIDIA H200"]),  # as in CUDA, what cannot be found ends the list
+        ({"CUDA_VISIBLE_DEVICES": "MIG-5c89"}, ["NVIDIA H100 80GB HBM3", "NVIDIA H200"]),
         ({"CUDA_VISIBLE_DEVICES": ""}, []),
     ],
 )
@@ -65,3 +68,17 @@ def test_those_that_the_harness_leaves_to_it(monkeypatch):
 @pytest.mark.usefixtures("two")
 def test_an_engine_on_the_cpu_has_none():
     assert gpus_of(backend(MLA)) == ()
+
+
+@pytest.mark.usefixtures("two")
+def test_a_points_key_and_provenance_know_those_alone(compose, monkeypatch):
+    asked = ("backend=external", "backend.url=http://127.0.0.1:1", "backend.model=x", "backend.checkpoint=null")
+
+    def planned(visible):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        return plan(compose(*asked))
+
+    first, second, both = map(planned, ("0", "1", "0,1"))
+    assert len({first.key, second.key, both.key}) == 3
+    assert planned("GPU-b").key == second.key
+    assert [gpu["name"] for gpu in provenance(second)["gpus"]] == ["NVIDIA H200"]

@@ -27,7 +27,7 @@ def test_every_event_is_sent_when_it_is_due_and_comes_after_it_was_sent(mock):
     assert row["tokens"] == [1] * 20
     assert row["status"] == 200
     assert got.ids == list(range(20))
-    carried = [at for at, data in got.pieces if b"token_ids" in data]
+    carried = [at for at, data in got.pieces for _ in range(data.count(b"token_ids"))]  # a late read brings several
     assert len(carried) == 20
     assert all(0 < at - sent < 20 * MS for at, sent in zip(carried, row["sent"], strict=True))
     assert client.truth() == {}, "what was told is forgotten"

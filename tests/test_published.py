@@ -20,7 +20,7 @@ def best(folder, points):
         point = {"stack": stack, "concurrency": concurrency}
         summary = {"output_throughput": {"whole": throughput}}
         (run / "run.json").write_text(json.dumps({**GOOD, "point": point, "summary": summary, **changes}))
-    command = [sys.executable, BEST, folder, "tune", "a_hopper", "a_workers_hopper"]
+    command = [sys.executable, BEST, folder, "tune", "64,256", "a_hopper", "a_workers_hopper"]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
@@ -42,6 +42,9 @@ def table(at_64, at_256, **changes):
         (table(200, 300)[:-1], "a_hopper"),  # it failed where the usual one did not
         (table(100, 300)[4:], "a_hopper"),  # nothing to compare with
         ([], "a_hopper"),
+        # where it does not count it may be no better, or missing
+        ([*table(100, 214), (0, "a", 1, 50, {}), (0, "a_workers", 1, 10, {})], "a_workers_hopper"),
+        ([*table(100, 214), (0, "a", 1, 50, {})], "a_workers_hopper"),
     ],
 )
 def test_another_setting_races_only_where_it_is_clearly_better(tmp_path, points, expected):

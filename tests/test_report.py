@@ -367,18 +367,26 @@ def test_the_tip_tells_the_steady_window_and_whether_the_load_is_sustainable(wri
     assert rows["steady window"] == "0.056 to 1.90 (from: first answer)"  # 20 + 9 * 4 ms; the last is due at 1.9 s
     assert "steady p50 20.0" in rows["TTFT"]
     assert "sustainable" not in rows
-    grew = replace(point, sustainable=False, settled="never settled", summary={})
-    assert tip(grew)["rows"] == [
-        ("sustainable", "no: the queue kept growing", ""),
-        ("steady window", "- (never settled)", ""),
-    ]
+    for rule in ("never settled", "too brief"):
+        grew = replace(point, sustainable=False, settled=rule, summary={})
+        assert tip(grew)["rows"] == [
+            ("sustainable", "no: the queue kept growing", ""),
+            ("steady window", f"- ({rule})", ""),
+        ]
 
 
-def test_the_closing_table_says_what_never_settled(write, tmp_path):
-    write(requests=120, ttft=8000)  # the first answer comes in the second half
+@pytest.mark.parametrize(
+    ("run", "told"),
+    [
+        ({"requests": 120, "ttft": 8000}, "the load never settled"),  # the first answer comes in the second half
+        ({"requests": 20, "ttft": 1500}, "shorter than a request takes"),  # in the last fifth of 20
+    ],
+)
+def test_the_closing_table_says_which_have_no_steady_window(write, tmp_path, run, told):
+    write(**run)
     console = Console(width=80, record=True, file=io.StringIO())
     console.print(text_table(read_run(f) for f in find_runs(tmp_path / "results")))
-    assert "no steady window (the load never settled): a at 10 req/s" in console.export_text()
+    assert f"no steady window ({told}): a at 10 req/s" in console.export_text()
 
 
 def test_strings_of_a_run_cannot_break_the_page(write, page):

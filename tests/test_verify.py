@@ -96,22 +96,24 @@ def test_swapped_experts_are_found(expert: World) -> None:
 
 
 @pytest.mark.parametrize(
-    ("off", "expected"),
+    ("lengths", "off", "expected"),
     [
-        ({3: 0.4}, "equal"),
-        ({3: 0.4, 23: 0.4, 24: 0.4}, "equal"),  # of other lengths: what rounding may do
-        ({3: 0.4, 43: 0.4}, "computes something else: every prefix of a length far off (0.4 after 14 tokens, "),
-        ({3: 0.4, 23: 0.4, 24: 0.4, 25: 0.4}, "computes something else: 4 of 60 prefixes far off"),
+        ([*range(11, 51), *range(11, 31)], [3, 23, 24], "equal"),  # of other lengths: what rounding may do
+        ([*range(11, 51), *range(11, 31)], [3, 43], "computes something else: every prefix of a length far off (0.4 a"),
+        ([*range(11, 51), *range(11, 31)], [9, 49], "equal"),  # 20 tokens: a length that came up twice by chance
+        ([*range(11, 51), *range(11, 31)], [3, 23, 24, 25], "computes something else: 4 of 60 prefixes far off"),
+        ([*range(11, 41), 14, 14], [3], "equal"),
+        ([*range(11, 41), 14, 14], [3, 30], "computes something else: 2 of 32 prefixes far off"),
+        ([*range(11, 71), 14, 14], [3, 60], "equal"),  # the third one is right
     ],
 )
-def test_a_length_that_is_always_wrong_is_found(off: dict[int, float], expected: str) -> None:
-    """Lengths 11 to 50, the first 20 of them twice; limits of a judge unknown: 0.3, and 5 % of 60."""
-    lengths = [*range(11, 51), *range(11, 31)]
+def test_a_length_that_is_always_wrong_is_found(lengths: list[int], off: list[int], expected: str) -> None:
+    """14 is a length that is wanted; without a judge the limits are 0.3 and, beyond one, 5 % of the prefixes."""
     questions = Questions(tuple((7,) * n for n in lengths), ((7,),), 1, 1)
     right = [{7: -1.0} for _ in lengths]
-    wrong = [{7: -1.0 - off.get(i, 0.0)} for i in range(len(lengths))]
+    wrong = [{7: -1.4 if i in off else -1.0} for i in range(len(lengths))]
     once = [[7]], [[{7: -1.0}]]
-    settings = parse(SHORT | {"mean_limit": 1.0})
+    settings = parse(SHORT | {"mean_limit": 1.0, "exact": [14]})
     found = compare(Peer("right", Answers(right, *once)), Answers(wrong, *once), questions, settings)
     assert found.words.startswith(expected)
 

@@ -1,7 +1,7 @@
-"""Which of some backends streamed most in a sweep until now: `best.py RESULTS SWEEP BACKEND...`.
+"""Which of some backends streamed most in a sweep until now: `best.py RESULTS SWEEP CONCURRENCIES BACKEND...`.
 
-By the geometric mean of output tokens per second, over GPUs and concurrencies. The first backend is the usual one: it
-stands unless another one is better by more than launches of one setting differ, at all of its points.
+By the geometric mean of output tokens per second, over GPUs and those concurrencies (16,64). The first backend is the
+usual one: it stands unless another one is better by more than launches of one setting differ, at all of its points.
 """
 
 import json
@@ -12,13 +12,13 @@ from pathlib import Path
 MARGIN = 1.03
 
 
-def throughputs(results: Path, sweep: str, stack: str) -> dict[tuple[str, int], float]:
+def throughputs(results: Path, sweep: str, concurrencies: set[int], stack: str) -> dict[tuple[str, int], float]:
     """(GPU's folder, concurrency) -> output tokens per second of a stack's good points."""
     found = {}
     for path in results.glob(f"gpu*/{sweep}/*/run.json"):
         run = json.loads(path.read_bytes())
-        if run["point"]["stack"] == stack and is_good(run):
-            gpu, concurrency = path.parts[-4], run["point"]["concurrency"]
+        gpu, concurrency = path.parts[-4], run["point"]["concurrency"]
+        if run["point"]["stack"] == stack and concurrency in concurrencies and is_good(run):
             found[gpu, concurrency] = run["summary"]["output_throughput"]["whole"]
     return found
 
@@ -38,8 +38,9 @@ def gain(usual: dict[tuple[str, int], float], other: dict[tuple[str, int], float
 
 def main() -> None:
     """Print the best, and on stderr what all of them did."""
-    results, sweep, usual, *others = sys.argv[1:]
-    told = {name: throughputs(Path(results), sweep, name.removesuffix("_hopper")) for name in (usual, *others)}
+    results, sweep, asked, usual, *others = sys.argv[1:]
+    where = set(map(int, asked.split(",")))
+    told = {name: throughputs(Path(results), sweep, where, name.removesuffix("_hopper")) for name in (usual, *others)}
     print(told, file=sys.stderr)
     gains = {name: gain(told[usual], told[name]) for name in others}
     ahead = max(gains, key=lambda name: gains[name])

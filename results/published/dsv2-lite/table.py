@@ -9,7 +9,7 @@ from statistics import median
 from typing import Any
 
 Summary = dict[str, Any]
-ABSENT = "-"  # power, where a run took fewer than four readings
+ABSENT = "-"  # power, where there were too few readings
 COLUMNS: dict[str, tuple[Callable[[Summary], float | None], str]] = {
     "output tok/s": (lambda s: s["output_throughput"]["whole"], ",.0f"),
     "TTFT p50, ms": (lambda s: 1e3 * s["ttft"]["p50"], ",.3g"),
@@ -18,6 +18,9 @@ COLUMNS: dict[str, tuple[Callable[[Summary], float | None], str]] = {
     "TPOT p90, ms": (lambda s: 1e3 * s["tpot"]["p90"], ".3g"),
     "GPU, W": (lambda s: s.get("gpu_power", {}).get("run"), ".0f"),
     "J an output token": (lambda s: s.get("energy_per_output_token", {}).get("run"), ".2f"),
+}
+IN_SLO: dict[str, tuple[Callable[[Summary], float | None], str]] = {
+    "within the SLO": (lambda s: s["attainment"]["whole"], ".0%"),
 }
 
 
@@ -45,11 +48,12 @@ def main() -> None:
         load = point["rate"] or point["concurrency"]
         if not stacks or point["stack"] in stacks:
             rows[point["input_tokens"], load, point["stack"]].append(run["summary"])
-    load = "req/s" if any(run["point"]["rate"] for run in runs) else "in flight"
-    print(f"| in | {load} | stack | launches | {' | '.join(COLUMNS)} |")
-    print("|---" * (len(COLUMNS) + 4) + "|")
+    is_open = any(run["point"]["rate"] for run in runs)
+    columns = COLUMNS | IN_SLO if is_open else COLUMNS
+    print(f"| in | {'req/s' if is_open else 'in flight'} | stack | launches | {' | '.join(columns)} |")
+    print("|---" * (len(columns) + 4) + "|")
     for (prompt, load, stack), found in sorted(rows.items()):
-        cells = [cell([measure(s) for s in found], form) for measure, form in COLUMNS.values()]
+        cells = [cell([measure(s) for s in found], form) for measure, form in columns.values()]
         print(f"| {prompt:,.0f} | {load:g} | {stack} | {len(found)} | {' | '.join(cells)} |")
 
 

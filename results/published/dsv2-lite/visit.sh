@@ -34,7 +34,7 @@ export VLLM_SITE=$(site vllm) SGLANG_SITE=$(site sglang)
 export FLASHINFER_WORKSPACE_BASE=$WORK/jit TVM_FFI_CACHE_DIR=$WORK/jit/tvm-ffi # both lock what they build
 export PYTHONPATH=$WORK/src/src:$WORK/engines/stackrace HYDRA_FULL_ERROR=1
 declare -A SWEEPS=(
-  [first]="sweep=$CARD-dsv2-lite"
+  [first]="sweep=$CARD-dsv2-lite backend=vllm_hopper,sglang_hopper,sglang_eager_hopper,sglang_mixed_hopper"
   [tune]="sweep=$CARD-tune backend=vllm_workers_hopper,vllm_hopper concurrency=64,256"
   [mla_off]="sweep=$CARD-mla-off backend=vllm_hopper,vllm_mha_hopper concurrency=1,4,16,64 common.kv_cache_memory_bytes=34359738368"
   [attention]="sweep=$CARD-attention backend=vllm_flashmla_hopper,sglang_flashmla_hopper,vllm_triton_hopper,sglang_triton_hopper,vllm_hopper,sglang_hopper concurrency=1,16,64"
@@ -46,10 +46,10 @@ declare -A SWEEPS=(
 bench() { # of the sweeps' own settings, then what is asked
   local alone=() count
   count=$(wc -l <<<"$cards")
+  mkdir -p "$WORK/home-$GPU" "$WORK/results/gpu$GPU" "$WORK/references"
+  ln -sfn "$WORK/references" "$WORK/results/gpu$GPU/references"
   if [ "$count" -gt 1 ]; then
     alone=(env "CUDA_VISIBLE_DEVICES=$GPU" "HOME=$WORK/home-$GPU" taskset -c "$(cores "$count")")
-    mkdir -p "$WORK/home-$GPU" "$WORK/results/gpu$GPU" "$WORK/references"
-    ln -sfn "$WORK/references" "$WORK/results/gpu$GPU/references"
   fi
   "${alone[@]}" python3 -m stackrace bench --config-dir "$VISIT/conf" experiment=dsv2_lite hardware="$CARD" \
     models="$MODELS" results="$WORK/results/gpu$GPU" "$@"
@@ -90,12 +90,22 @@ compiled() { # FROM TO: what one home folder has and the other has not; no engin
   mkdir -p "$WORK/$1" "$WORK/$2"
   flock "$WORK/home-all.lock" cp -rn "$WORK/$1/." "$WORK/$2/" 2>/dev/null || true # 1: some were there
 }
-stop() { # NAME: end a background step as Ctrl-C would, and what it started with it
-  ! is_running "$1" || { echo "$1 takes too long"; kill -TERM -- "-$(cat "$WORK/$1.pid")"; wait_for "$1" 60 >/dev/null; }
+stop() { # NAME: end a background step as Ctrl-C would, with what it started, and by force where that takes a minute
+  local signal
+  for signal in TERM KILL; do
+    is_running "$1" || return 0
+    echo "$1 takes too long: SIG$signal"
+    kill "-$signal" -- "-$(cat "$WORK/$1.pid")" || true
+    wait_for "$1" 60 >/dev/null
+  done
 }
-best() { python3 "$VISIT/best.py" "$WORK/results" "$CARD-dsv2-lite" "$@" || echo "$1"; }
-further() { # vLLM and the better SGLang of what has run until now, then what else: for `go`
-  local sglang; sglang=$(best sglang_hopper sglang_workers_hopper); echo "${1//SGLANG/$sglang}"
+in_turn() { # GPU: a repeat of every setting, GPU k's beginning with the k-th
+  local stacks=(vllm sglang sglang_eager sglang_mixed) order=() k
+  for k in 0 1 2 3; do order+=("first backend=${stacks[($1 + k) % 4]}_hopper repeat=$1"); done
+  go "$1" 500 "${order[@]}"
+}
+best() { # SWEEP, concurrencies, backends: the one that streamed most there
+  python3 "$VISIT/best.py" "$WORK/results" "$CARD-$1" "${@:2}" || echo "$3"
 }
 wait_for_model() {
   while is_running model; do sleep 1; done
@@ -126,20 +136,18 @@ all)
   on_a_card; copy; in_background all bash "$VISIT/visit.sh" run_all ;;
 run_all)
   wait_for_model
-  vllm="first backend=vllm_hopper" sglang="first backend=sglang_hopper" workers="first backend=sglang_workers_hopper"
   case $(wc -l <<<"$cards") in
-  1) go 0 3600 first mla_off rates context attention ;;
+  1) go 0 3600 "first repeat=0" mla_off rates context attention ;;
   2 | 3)
-    (go 0 500 "$vllm repeat=0" "$workers repeat=0" "$sglang repeat=0" "$vllm repeat=2" "$sglang repeat=2" "$workers repeat=2"
-     go 0 3600 context attention) &
-    (go 1 500 "$workers repeat=1" "$sglang repeat=1" "$vllm repeat=1"; go 1 3600 mla_off rates) & wait ;;
-  *) # a repeat each, in another order
-    (go 0 500 "$vllm repeat=0" "$workers repeat=0" "$sglang repeat=0"
-     go 0 3600 "$(further "rates backend=vllm_hopper,SGLANG arrival.rate=4,16,32,48 repeat=0")") &
-    (go 1 500 "$workers repeat=1" "$sglang repeat=1" "$vllm repeat=1"
-     go 1 3600 "$(further "rates backend=SGLANG,vllm_hopper arrival.rate=8,24,40 repeat=0")") &
-    (go 2 500 "$sglang repeat=2" "$vllm repeat=2" "$workers repeat=2"; go 2 3600 "attention repeat=0") &
-    (go 3 3600 "mla_off repeat=0" "context lengths.input.tokens=8192,32000 repeat=0" "tune repeat=0") & wait ;;
+    (in_turn 0; go 0 3600 context attention) & (in_turn 1; go 1 3600 mla_off rates) & wait ;;
+  *) # the rest with the setting of SGLang that streams most where that differs
+    for k in 0 1 2 3; do in_turn $k & done; wait
+    sglang=$(best dsv2-lite 16,64,256 sglang_hopper sglang_eager_hopper sglang_mixed_hopper)
+    echo "$sglang goes on"
+    go 0 3600 "context backend=$sglang lengths.input.tokens=8192,32000 repeat=0" &
+    go 1 3600 "context backend=vllm_hopper lengths.input.tokens=8192,32000 repeat=0" &
+    go 2 3600 "rates backend=$sglang arrival.rate=32,40,24,48 repeat=0" &
+    go 3 3600 "rates backend=vllm_hopper arrival.rate=32,40,24,48 repeat=0" & wait ;;
   esac ;;
 wait)
   wait_for "$2" "$3" ;;

@@ -104,19 +104,20 @@ def cpu_model() -> str:
 def gpus(setting: str | None) -> tuple[dict[str, str], ...]:
     """Of each GPU that CUDA_VISIBLE_DEVICES=`setting` leaves, what nvidia-smi says; empty without a driver.
 
-    Its `name`, driver, memory and limits.
+    Its `name`, driver, memory and limits. Of all of them where the setting names slices of GPUs (MIG).
     """
     fields = ("name", "driver_version", "memory.total", "power.limit", "clocks.max.sm")
     told = said("nvidia-smi", f"--query-gpu=uuid,{','.join(fields)}", "--format=csv,noheader")
     rows = [[word.strip() for word in line.split(",")] for line in (told or "").splitlines()]
-    kept = visible([uuid for uuid, *_ in rows], setting)
+    kept = visible([uuid for uuid, *_ in rows], None if setting and "MIG-" in setting else setting)
     return tuple(dict(zip(fields, rows[index][1:], strict=False)) for index in kept)
 
 
 def visible(uuids: Sequence[str], setting: str | None) -> list[int]:
     """Numbers of the GPUs that CUDA_VISIBLE_DEVICES=`setting` leaves; None leaves all.
 
-    Numbers and prefixes of UUIDs count as in CUDA, which stops at one it cannot find.
+    Numbers are the driver's: CUDA's too, unless cards differ and CUDA_DEVICE_ORDER is not PCI_BUS_ID. Prefixes of UUIDs
+    count, and as in CUDA the list ends at what cannot be found.
     """
     if setting is None:
         return list(range(len(uuids)))

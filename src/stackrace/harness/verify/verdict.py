@@ -89,7 +89,7 @@ def compare(reference: Reference, answers: Answers, questions: Questions, settin
     partings = [found for i in range(len(questions.prompts)) if (found := _parting(reference, answers, i))]
     mean, decoding = float(np.mean(after)), _decoding(reference, answers, partings)
     limits = limits_of(reference, settings)
-    reasons = _reasons(ranked, decoding, partings, limits)
+    reasons = _reasons(ranked, settings.exact, decoding, partings, limits)
     told = "; ".join(reasons) or f"mean |Δlogp| {mean:.2g} over {len(after)} prefixes"
     against = "" if reference.by == "the judge" else f", against {reference.by}"
     return Equivalence(
@@ -147,10 +147,10 @@ def _decoding(reference: Reference, answers: Answers, partings: Sequence[Parting
     ]
 
 
-def _of_one_length(ranked: Sequence[Prefix], beyond: Sequence[Prefix]) -> list[Prefix]:
-    """Those of the prefixes beyond the limit that are all of their length, of which there are several."""
+def _of_one_length(ranked: Sequence[Prefix], beyond: Sequence[Prefix], exact: Sequence[int]) -> list[Prefix]:
+    """Those of the prefixes beyond the limit that are all of a length that was asked for, and more than one."""
     of_length, off = Counter(p.tokens for p in ranked), Counter(p.tokens for p in beyond)
-    return [p for p in beyond if of_length[p.tokens] == off[p.tokens] > 1]
+    return [p for p in beyond if p.tokens in exact and of_length[p.tokens] == off[p.tokens] > 1]
 
 
 def _shown(prefixes: Sequence[Prefix]) -> str:
@@ -158,7 +158,11 @@ def _shown(prefixes: Sequence[Prefix]) -> str:
 
 
 def _reasons(
-    ranked: Sequence[Prefix], decoding: Sequence[float], partings: Sequence[Parting], limits: Limits
+    ranked: Sequence[Prefix],
+    exact: Sequence[int],
+    decoding: Sequence[float],
+    partings: Sequence[Parting],
+    limits: Limits,
 ) -> list[str]:
     """What passed its limit."""
     after, reasons = [p.difference for p in ranked], []
@@ -169,7 +173,7 @@ def _reasons(
     beyond = [p for p in ranked if p.difference > limits.worst]
     if len(beyond) > max(1, limits.tail * len(ranked)):
         reasons.append(f"{len(beyond)} of {len(ranked)} prefixes far off ({_shown(beyond)})")
-    elif alike := _of_one_length(ranked, beyond):
+    elif alike := _of_one_length(ranked, beyond, exact):
         reasons.append(f"every prefix of a length far off ({_shown(alike)})")
     if wrong := [p for p in partings if p.behind > limits.gap]:
         far = max(wrong, key=lambda p: p.behind)
