@@ -2,8 +2,8 @@
 # One visit to a GPU machine without a network, in steps that each end within ten minutes and go on where they stopped.
 #
 #   visit.sh unpack NAME FOLDER   FOLDER/NAME.part*, by FOLDER/unpack.sh (stackrace engine bundle) -> $WORK/engines/NAME
-#   visit.sh model                the seeded checkpoint, computed on the GPU into $MODELS, and what is right to answer to
-#                                 the questions of `verify`; in the background
+#   visit.sh model                the seeded checkpoint, computed on the GPU into $MODELS, what is right to answer to the
+#                                 questions of `verify`, and the load generator's own error; in the background
 #   visit.sh trial BACKEND        one small point, in the background: that it starts, and its compilation is kept
 #   visit.sh race SECONDS NAME[,NAME] [...]   starts or goes on with sweeps (first, tune, mla_off, attention, context, rates,
 #                                 anchor: the point that every visit has), one after the other, in the background; waits
@@ -44,15 +44,17 @@ declare -A SWEEPS=(
 )
 
 bench() { # of the sweeps' own settings, then what is asked
-  local alone=() count
-  count=$(wc -l <<<"$cards")
-  mkdir -p "$WORK/home-$GPU" "$WORK/results/gpu$GPU" "$WORK/references"
+  mkdir -p "$WORK/results/gpu$GPU" "$WORK/references"
   ln -sfn "$WORK/references" "$WORK/results/gpu$GPU/references"
-  if [ "$count" -gt 1 ]; then
-    alone=(env "CUDA_VISIBLE_DEVICES=$GPU" "HOME=$WORK/home-$GPU" taskset -c "$(cores "$count")")
-  fi
-  "${alone[@]}" python3 -m stackrace bench --config-dir "$VISIT/conf" experiment=dsv2_lite hardware="$CARD" \
-    models="$MODELS" results="$WORK/results/gpu$GPU" "$@"
+  alone python3 -m stackrace bench --config-dir "$VISIT/conf" experiment=dsv2_lite hardware="$CARD" models="$MODELS" \
+    results="$WORK/results/gpu$GPU" calibration="$WORK/calibration.json" "$@"
+}
+alone() { # a command: with $GPU, its share of the cores, and a home of its own, where there are several GPUs
+  local count
+  count=$(wc -l <<<"$cards")
+  if [ "$count" = 1 ]; then "$@"; return; fi
+  mkdir -p "$WORK/home-$GPU"
+  env "CUDA_VISIBLE_DEVICES=$GPU" "HOME=$WORK/home-$GPU" taskset -c "$(cores "$count")" "$@"
 }
 cores() { # COUNT: those of $GPU, where COUNT GPUs share them
   python3 -c 'import os, sys; g, n = map(int, sys.argv[1:]); c = sorted(os.sched_getaffinity(0)); k = len(c) // n
@@ -121,7 +123,10 @@ run_model)
   [ -d "$MODELS/dsv2_lite-seed0" ] ||
     python3 -m stackrace model make dsv2_lite --seed 0 --out "$MODELS/dsv2_lite-seed0" --device "${DEVICE:-cuda}"
   mkdir -p "$WORK/references"
-  python3 "$VISIT/judge.py" "$WORK" models="$MODELS" hardware="$CARD" ;;
+  GPU=$(($(wc -l <<<"$cards") - 1)) alone python3 -m stackrace calibrate ladder=quick hardware="$CARD" \
+    out="$WORK/calibration.json" >"$WORK/calibrate.log" 2>&1 &
+  python3 "$VISIT/judge.py" "$WORK" models="$MODELS" hardware="$CARD"
+  wait ;;
 trial)
   on_a_card; copy; in_background "trial-$2" bash "$VISIT/visit.sh" run_trial "${@:2}" ;;
 run_trial)
