@@ -375,6 +375,25 @@ def test_the_tip_tells_the_steady_window_and_whether_the_load_is_sustainable(wri
         ]
 
 
+def test_a_rate_that_is_known_to_be_sustained_goes_first_as_an_example(write, points):
+    """a leads at 5, 20 and 40 requests a second; at 10 they are alike."""
+    for rate in (5.0, 10.0, 20.0, 40.0):
+        write("a", ttft=20, rate=rate)
+        write("b", ttft=20 if rate == 10 else 60, rate=rate)
+    found = points()
+
+    def example(*sustained):
+        told = [replace(p, sustainable=p.condition.load.value in sustained or None) for p in found]
+        return sentence(told, "ttft", "p50")
+
+    assert "at 40 req/s" in example()
+    assert "at 20 req/s" in example(5, 10, 20)
+    assert "at 5 req/s" in example(10)
+    assert example(10).endswith("Of 4 shared points, ahead: a at 3; 1 too close to call.")
+    ones = [replace(p, sustainable=p.stack == "a" or None) for p in found]
+    assert "at 40 req/s" in sentence(ones, "ttft", "p50")
+
+
 @pytest.mark.parametrize(
     ("run", "told"),
     [

@@ -2,7 +2,7 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 
 from stackrace.harness.report.numbers import digits, exact
@@ -26,6 +26,7 @@ class Duel:
     condition: Condition
     values: Values
     leader: str | None
+    is_sustained: bool  # a closed loop, or a rate that every stack can sustain, as far as that was told
 
     @property
     def repeats(self) -> int:
@@ -40,7 +41,7 @@ def duels(points: Sequence[Point], metric: Metric, statistic: str) -> list[Duel]
         if point.valid and point.value(metric.name, statistic) is not None:
             groups[point.condition].append(point)
     return [
-        Duel(condition, values, leader(values, metric.better))
+        Duel(condition, values, leader(values, metric.better), _sustained(group))
         for condition, group in groups.items()
         if len(values := _by_stack(group, metric, statistic)) > 1 and same_requests(group)
     ]
@@ -74,7 +75,7 @@ def leader(values: Values, better: str) -> str | None:
 
 
 def sentence(points: Sequence[Point], metric: str, statistic: str) -> str:
-    """One line for a chart: the lead at the highest load where there is one, and the tally of all shared points."""
+    """One line for a chart: the lead at a high load where there is one, and the tally of all shared points."""
     m = metrics()[metric]
     fought = duels(points, m, statistic)
     if not fought:
@@ -89,7 +90,7 @@ def frontier_sentence(points: Sequence[Point]) -> str:
     """One line for throughput against interactivity: who is ahead in one without being behind in the other."""
     speeds = {d.condition: d.values for d in duels(points, metrics()["interactivity"], "p50")}
     fought = [
-        Duel(d.condition, d.values, _undominated(d.values, speeds[d.condition]))
+        replace(d, leader=_undominated(d.values, speeds[d.condition]))
         for d in duels(points, metrics()["output_throughput"], "whole")
         if d.condition in speeds and d.values.keys() == speeds[d.condition].keys()
     ]
@@ -166,8 +167,20 @@ def _clearly_ahead(own: Sequence[float], other: Sequence[float], better: str) ->
 
 
 def _example(fought: Sequence[Duel], ahead: str) -> Duel:
-    """Of the comparisons that a stack won, the one at the highest load, then the longest context."""
-    return max((d for d in fought if d.leader == ahead), key=_weight)
+    """Of the comparisons that a stack won, the one at the highest load, then the longest context.
+
+    Where a queue may grow, latency says how long the run was: a rate that is sustained goes first, and where it won
+    none of those, the lowest that it won.
+    """
+    won = [d for d in fought if d.leader == ahead]
+    sustained = [d for d in won if d.is_sustained]
+    if not sustained and any(d.is_sustained for d in fought):
+        return min(won, key=_weight)
+    return max(sustained or won, key=_weight)
+
+
+def _sustained(points: Sequence[Point]) -> bool:
+    return all(p.condition.load.closed or p.sustainable for p in points)
 
 
 def _weight(duel: Duel) -> tuple[float, float]:
