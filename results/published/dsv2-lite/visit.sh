@@ -39,7 +39,7 @@ declare -A SWEEPS=(
   [mla_off]="sweep=$CARD-mla-off backend=vllm_hopper,vllm_mha_hopper concurrency=1,4,16,64 common.kv_cache_memory_bytes=34359738368"
   [attention]="sweep=$CARD-attention backend=vllm_flashmla_hopper,sglang_flashmla_hopper,vllm_triton_hopper,sglang_triton_hopper,vllm_hopper,sglang_hopper concurrency=1,16,64"
   [context]="sweep=$CARD-context backend=vllm_hopper,sglang_hopper concurrency=1,16 lengths.input.tokens=1024,8192,32000 stop.rounds=2"
-  [rates]="sweep=$CARD-rates backend=vllm_hopper,sglang_hopper arrival=poisson concurrency=null stop.requests=null stop.seconds=30 arrival.rate=4,8,16,24,32,40,48"
+  [rates]="sweep=$CARD-rates backend=vllm_hopper,sglang_hopper arrival=poisson concurrency=null stop.requests=null stop.seconds=60 arrival.rate=4,8,16,24,32,40,48"
   [anchor]="sweep=$CARD-anchor backend=vllm_hopper concurrency=16"
 )
 
@@ -152,7 +152,8 @@ run_all)
     go 0 3600 "context backend=$sglang lengths.input.tokens=8192,32000 repeat=0" &
     go 1 3600 "context backend=vllm_hopper lengths.input.tokens=8192,32000 repeat=0" &
     go 2 3600 "rates backend=$sglang arrival.rate=32,40,24,48 repeat=0" &
-    go 3 3600 "rates backend=vllm_hopper arrival.rate=32,40,24,48 repeat=0" & wait ;;
+    go 3 3600 "attention backend=vllm_flashmla_hopper,vllm_triton_hopper concurrency=16 repeat=1" \
+      "rates backend=vllm_hopper arrival.rate=32,40,24,48 repeat=0" & wait ;;
   esac ;;
 wait)
   wait_for "$2" "$3" ;;
