@@ -152,7 +152,7 @@ run_all)
     go 0 3600 "context backend=$sglang lengths.input.tokens=8192,32000 repeat=0" &
     go 1 3600 "context backend=vllm_hopper lengths.input.tokens=8192,32000 repeat=0" &
     go 2 3600 "rates backend=$sglang arrival.rate=32,40,24,48 repeat=0" &
-    go 3 3600 "attention backend=vllm_flashmla_hopper,vllm_triton_hopper concurrency=16 repeat=1" \
+    go 3 3600 "attention sweep=$CARD-attention-again backend=vllm_flashmla_hopper,vllm_triton_hopper concurrency=16 repeat=0" \
       "rates backend=vllm_hopper arrival.rate=32,40,24,48 repeat=0" & wait ;;
   esac ;;
 wait)
