@@ -9,83 +9,31 @@ from dataclasses import replace
 from html import unescape
 
 import pytest
+from report_kit import OUTPUT, points_of, writer
 from rich.console import Console
 
 from stackrace.harness.errors import UsageError
-from stackrace.harness.records import row
 from stackrace.harness.report.charts import charts
 from stackrace.harness.report.numbers import digits
 from stackrace.harness.report.page import build
 from stackrace.harness.report.points import by_setting, from_runs
-from stackrace.harness.report.statements import frontier_sentence, headline, leader, sentence
+from stackrace.harness.report.statements import sentence
 from stackrace.harness.report.style import looks
 from stackrace.harness.report.tables import text_table
 from stackrace.harness.report.tips import tip
-from stackrace.harness.store import RunWriter, find_runs, read_run
-from stackrace.harness.types import Record, Request, Sampling
+from stackrace.harness.store import find_runs, read_run
 
-MS = 1_000_000
-OUTPUT = 10
 EVIL = "<script>alert(1)</script>&<b>x</b>"
-GREEDY = Sampling(0, 1, 0, 0)
 
 
 @pytest.fixture
 def write(tmp_path):
-    """Writes one run, of requests 100 ms apart that all wait `ttft` ms and then bring a token every `tpot` ms."""
-    number = itertools.count()
-
-    def write(stack="a", *, ttft=20, tpot=4, requests=20, rate=10.0, repeat=0, context=128, concurrency=None, **more):
-        writer = RunWriter(tmp_path / "results" / f"{next(number):03d}")
-        config = {
-            "backend": {"name": stack},
-            "model": {"name": more.get("model", "tiny")},
-            "workload": {"name": more.get("workload", "synthetic")},
-            "lengths": more.get("lengths", {"input": {"tokens": context}, "output": {"tokens": OUTPUT}}),
-            "arrival": {"name": "poisson", "rate": rate},
-            "slo": {"ttft_ms": 500, "tpot_ms": None},
-            "seed": 0,
-            "compare_models": more.get("compare_models", False),
-        }
-        point = {
-            "stack": stack,
-            "model": more.get("model", "tiny"),
-            "workload": more.get("workload", "synthetic"),
-            "arrival": "poisson" if rate else "immediate",
-            "rate": rate,
-            "concurrency": concurrency,
-            "input_tokens": float(context),
-            "output_tokens": float(OUTPUT),
-            "repeat": repeat,
-            "division": more.get("division"),
-        }
-        schedule = {"hash": more.get("schedule", f"{rate}-{context}-{repeat}"), "requests": requests}
-        backend = {"command": ["serve", "--flag", "a b"], "version": "1.2.3", "fingerprint": more.get("print", "f")}
-        provenance = {"gpus": [{"name": "NVIDIA H200"}], "git": {"commit": "abcdef123456", "dirty": True}}
-        meta = {"point": point, "schedule": schedule, "backend": backend, "provenance": provenance}
-        meta |= {"equivalence": more["equivalence"]} if "equivalence" in more else {}
-        writer.begin(config, {**meta, "started_at": "2026-11-23T10:00:00Z"})
-        if "error" in more:
-            writer.end("failed", error=more["error"])
-            return writer.folder
-        for i in range(requests):
-            due = i * 100 * MS
-            times = [due + ttft * MS + k * tpot * MS for k in range(OUTPUT)]
-            record = Record(i, due, due, due, due, times, [1] * OUTPUT, end=times[-1], output_tokens=OUTPUT)
-            writer.add(row(record, Request(i, (1,) * int(context), OUTPUT, GREEDY)))
-        if more.get("killed"):
-            writer.release()
-            return writer.folder
-        validity = {"verdict": more.get("verdict", "valid"), "reasons": more.get("reasons", [])}
-        writer.end("ok", **({} if more.get("unjudged") else {"validity": validity}))
-        return writer.folder
-
-    return write
+    return writer(tmp_path / "results")
 
 
 @pytest.fixture
 def points(tmp_path):
-    return lambda: from_runs(read_run(folder) for folder in find_runs(tmp_path / "results"))
+    return lambda: points_of(tmp_path / "results")
 
 
 @pytest.fixture
@@ -304,60 +252,11 @@ def test_versions_of_one_stack_are_told_apart(write, points):
     assert [p.stack for p in points()] == ["a [1111111]", "a [2222222]"]
 
 
-def test_the_lead_is_told_with_its_ratio_and_place(write, points):
-    write("mla", ttft=20, context=1024, rate=4.0)
-    write("mla_mha", ttft=32, context=1024, rate=4.0)
-    assert sentence(points(), "ttft", "p50") == (
-        "mla's TTFT p50 is 1.60x lower than mla_mha's at 4 req/s and 1,024 input tokens in this run: "
-        "20.0 against 32.0 ms. mla is ahead at the one shared point."
-    )
-    assert headline(points()) == (
-        "In this run mla has the lowest TTFT p50 at the one shared point. "
-        "No clear lead in TPOT p50 and output throughput."
-    )
-
-
-def test_nobody_leads_where_repeats_overlap_or_are_close(write, points):
-    for repeat, (one, other) in enumerate([(20, 40), (50, 60)]):
-        write("a", ttft=one, repeat=repeat)
-        write("b", ttft=other, repeat=repeat)
-    assert sentence(points(), "ttft", "p50").startswith("No clear lead in TTFT p50. Too close to call at the one")
-    assert leader({"a": [100.0], "b": [104.0]}, "lower") is None
-    assert leader({"a": [100.0], "b": [106.0]}, "lower") == "a"
-    assert leader({"a": [100.0], "b": [106.0], "c": [107.0]}, "higher") is None
-
-
-def test_nothing_is_claimed_from_points_that_are_not_valid(write, points):
-    write("a", ttft=20, verdict="suspect")
-    write("b", ttft=90)
-    assert headline(points()) == "Only b has valid points: nothing to compare it with."
-    assert sentence(points(), "ttft", "p50") == (
-        "b's TTFT p50 is 90.0 ms at 10 req/s and 128 input tokens. No other stack has valid points to compare it with."
-    )
-
-
 def test_nothing_is_claimed_where_the_requests_differed(write, page, points):
     write("a", ttft=20, schedule="one")
     write("b", ttft=90, schedule="another")
     assert sentence(points(), "ttft", "p50").startswith("Nothing to compare: no two stacks")
     assert "1 shared point where stacks were sent different requests: not compared." in text(page())
-
-
-def test_a_lead_at_few_points_is_no_lead(write, points):
-    for rate in (1.0, 2.0, 4.0):
-        write("a", rate=rate, ttft=20)
-        write("b", rate=rate, ttft=40 if rate == 1.0 else 20)
-    assert sentence(points(), "ttft", "p50") == (
-        "No clear lead in TTFT p50. Of 3 shared points, ahead: a at 1; 2 too close to call."
-    )
-
-
-def test_throughput_against_interactivity_needs_no_loss_on_either(write, points):
-    write("a", tpot=4)
-    write("b", tpot=8)
-    told = frontier_sentence(points())
-    assert re.match(r"At 10 req/s and 128 input tokens in this run: a 102 tok/s at 250 tok/s/user; b \d+ tok/s", told)
-    assert told.endswith("a is ahead at the one shared point.")
 
 
 def test_the_tip_tells_the_steady_window_and_whether_the_load_is_sustainable(write, points):
@@ -373,25 +272,6 @@ def test_the_tip_tells_the_steady_window_and_whether_the_load_is_sustainable(wri
             ("sustainable", "no: the queue kept growing", ""),
             ("steady window", f"- ({rule})", ""),
         ]
-
-
-def test_a_rate_that_is_known_to_be_sustained_goes_first_as_an_example(write, points):
-    """a leads at 5, 20 and 40 requests a second; at 10 they are alike."""
-    for rate in (5.0, 10.0, 20.0, 40.0):
-        write("a", ttft=20, rate=rate)
-        write("b", ttft=20 if rate == 10 else 60, rate=rate)
-    found = points()
-
-    def example(*sustained):
-        told = [replace(p, sustainable=p.condition.load.value in sustained or None) for p in found]
-        return sentence(told, "ttft", "p50")
-
-    assert "at 40 req/s" in example()
-    assert "at 20 req/s" in example(5, 10, 20)
-    assert "at 5 req/s" in example(10)
-    assert example(10).endswith("Of 4 shared points, ahead: a at 3; 1 too close to call.")
-    ones = [replace(p, sustainable=p.stack == "a" or None) for p in found]
-    assert "at 40 req/s" in sentence(ones, "ttft", "p50")
 
 
 @pytest.mark.parametrize(

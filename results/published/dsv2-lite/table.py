@@ -1,4 +1,4 @@
-"""A sweep as the table of its page: `table.py FOLDER [STACK...]`; the median of the launches (lowest to highest)."""
+"""A sweep as the table of its page: `table.py FOLDER`; the median of the launches (lowest to highest)."""
 
 import json
 import sys
@@ -9,8 +9,9 @@ from statistics import median
 from typing import Any
 
 Summary = dict[str, Any]
+Columns = dict[str, tuple[Callable[[Summary], float | None], str]]
 ABSENT = "-"  # power, where there were too few readings
-COLUMNS: dict[str, tuple[Callable[[Summary], float | None], str]] = {
+COLUMNS: Columns = {
     "output tok/s": (lambda s: s["output_throughput"]["whole"], ",.0f"),
     "TTFT p50, ms": (lambda s: 1e3 * s["ttft"]["p50"], ",.3g"),
     "TTFT p90, ms": (lambda s: 1e3 * s["ttft"]["p90"], ",.3g"),
@@ -19,9 +20,7 @@ COLUMNS: dict[str, tuple[Callable[[Summary], float | None], str]] = {
     "GPU, W": (lambda s: s.get("gpu_power", {}).get("run"), ".0f"),
     "J an output token": (lambda s: s.get("energy_per_output_token", {}).get("run"), ".2f"),
 }
-IN_SLO: dict[str, tuple[Callable[[Summary], float | None], str]] = {
-    "within the SLO": (lambda s: s["attainment"]["whole"], ".0%"),
-}
+IN_SLO: Columns = {"within the SLO": (lambda s: s["attainment"]["whole"], ".0%")}  # of an open loop
 
 
 def cell(values: list[float | None], form: str) -> str:
@@ -40,14 +39,12 @@ def words(value: float, form: str) -> str:
 
 def main() -> None:
     """Print the table: what was asked, and the stack, one row each."""
-    folder, *stacks = sys.argv[1:]
     rows: dict[tuple[float, float, str], list[Summary]] = defaultdict(list)
-    runs = [json.loads(path.read_bytes()) for path in sorted(Path(folder).glob("runs/*/run.json"))]
+    runs = [json.loads(path.read_bytes()) for path in sorted(Path(sys.argv[1]).glob("runs/*/run.json"))]
     for run in runs:
         point = run["point"]
         load = point["rate"] or point["concurrency"]
-        if not stacks or point["stack"] in stacks:
-            rows[point["input_tokens"], load, point["stack"]].append(run["summary"])
+        rows[point["input_tokens"], load, point["stack"]].append(run["summary"])
     is_open = any(run["point"]["rate"] for run in runs)
     columns = COLUMNS | IN_SLO if is_open else COLUMNS
     print(f"| in | {'req/s' if is_open else 'in flight'} | stack | launches | {' | '.join(columns)} |")

@@ -24,6 +24,7 @@
 set -euo pipefail
 export WORK=${WORK:-$HOME/visit} MODELS=${MODELS:-/dev/shm/models} GPU=${GPU:-0}
 cards=$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null || true)
+count=$(wc -l <<<"$cards") # of GPUs
 export CARD=${CARD:-$(head -1 <<<"$cards" | grep -oE 'H[12]00' | tr H h || true)}
 export VISIT=$WORK/src/results/published/dsv2-lite # a copy: what the checkout holds may change while a race runs
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../../.." && pwd)
@@ -50,15 +51,13 @@ bench() { # of the sweeps' own settings, then what is asked
     results="$WORK/results/gpu$GPU" calibration="$WORK/calibration.json" "$@"
 }
 alone() { # a command: with $GPU, its share of the cores, and a home of its own, where there are several GPUs
-  local count
-  count=$(wc -l <<<"$cards")
   if [ "$count" = 1 ]; then "$@"; return; fi
   mkdir -p "$WORK/home-$GPU"
-  env "CUDA_VISIBLE_DEVICES=$GPU" "HOME=$WORK/home-$GPU" taskset -c "$(cores "$count")" "$@"
+  env "CUDA_VISIBLE_DEVICES=$GPU" "HOME=$WORK/home-$GPU" taskset -c "$(cores)" "$@"
 }
-cores() { # COUNT: those of $GPU, where COUNT GPUs share them
+cores() { # those of $GPU
   python3 -c 'import os, sys; g, n = map(int, sys.argv[1:]); c = sorted(os.sched_getaffinity(0)); k = len(c) // n
-print(",".join(map(str, c[g * k : (g + 1) * k])))' "$GPU" "$1"
+print(",".join(map(str, c[g * k : (g + 1) * k])))' "$GPU" "$count"
 }
 on_a_card() { [ -n "$CARD" ] || { echo "no H100 or H200 here: set CARD to another name of conf/hardware" >&2; exit 2; }; }
 copy() {
@@ -122,8 +121,7 @@ model)
 run_model)
   [ -d "$MODELS/dsv2_lite-seed0" ] ||
     python3 -m stackrace model make dsv2_lite --seed 0 --out "$MODELS/dsv2_lite-seed0" --device "${DEVICE:-cuda}"
-  mkdir -p "$WORK/references"
-  GPU=$(($(wc -l <<<"$cards") - 1)) alone python3 -m stackrace calibrate ladder=quick hardware="$CARD" \
+  GPU=$((count - 1)) alone python3 -m stackrace calibrate ladder=quick hardware="$CARD" \
     out="$WORK/calibration.json" >"$WORK/calibrate.log" 2>&1 &
   python3 "$VISIT/judge.py" "$WORK" models="$MODELS" hardware="$CARD"
   wait ;;
@@ -141,7 +139,7 @@ all)
   on_a_card; copy; in_background all bash "$VISIT/visit.sh" run_all ;;
 run_all)
   wait_for_model
-  case $(wc -l <<<"$cards") in
+  case $count in
   1) go 0 3600 "first repeat=0" mla_off rates context attention ;;
   2 | 3)
     (in_turn 0; go 0 3600 context attention) & (in_turn 1; go 1 3600 mla_off rates) & wait ;;
