@@ -40,7 +40,7 @@ test-engines: $(READY) ## The real vLLM and SGLang, where `make engines` has ins
 soak: $(READY) ## The engine's server under 100,000 good, bad and broken requests; about 10 minutes on two cores
 	PYTHONPATH=tests $(BIN)/python -P -m soak --requests 100000
 
-evidence: $(READY) ## The long proofs, half an hour on an idle machine; their tables go into docs/methodology.md
+evidence: $(READY) ## The long proofs, an hour on an idle machine; their tables go into docs/methodology.md
 	PYTHONPATH=tests $(BIN)/python -P -m evidence $(if $(PROOF),"$(PROOF)")
 
 check: $(READY) ## Lint, format, types

@@ -108,8 +108,9 @@ def swapped_experts(engine: Engine) -> None:
 
 @contextmanager
 def lost_page(monkeypatch: pytest.MonkeyPatch, *where: str) -> Iterator[Callable[[Engine], object]]:
-    """The second page of a context is read from where the first one lies."""
+    """The second page of a context is read from where the first one lies; with "once" all pages of one sequence."""
     table, slots = runner._table, runner._slots
+    lost: dict[str, str] = {}
 
     def lost_table(sequences: Any) -> Any:
         return [[pages[0], pages[0], *pages[2:]] if len(pages) > 1 else pages for pages in table(sequences)]
@@ -117,6 +118,9 @@ def lost_page(monkeypatch: pytest.MonkeyPatch, *where: str) -> Iterator[Callable
     def lost_slots(sequence: Sequence, start: int, stop: int) -> torch.Tensor:
         found = slots(sequence, start, stop)
         is_context = start == 0 and stop > 64 and sequence.num_computed > 0
+        if is_context and "once" in where:
+            is_lost = len(sequence.prompt) > 512 and sequence.id == lost.setdefault("id", sequence.id)
+            return found[:64].repeat(stop // 64 + 1)[:stop] if is_context and is_lost else found
         return torch.cat([found[:64], found[: stop - 64][:64], found[128:]]) if is_context else found
 
     with monkeypatch.context() as patch:

@@ -1,13 +1,13 @@
 """The long proofs: PYTHONPATH=tests python -P -m evidence [NAME ...]; their tables go into docs/methodology.md.
 
-Without a name all of them run, which takes about half an hour; nothing else should run on the machine meanwhile.
+Without a name all of them run, which takes about an hour; nothing else should run on the machine meanwhile.
 """
 
 import contextlib
 import io
 import sys
 
-from evidence import fuzz, holding, overload, queue_verdicts, rate_search, receiving
+from evidence import fuzz, holding, overload, queue_verdicts, rate_search, receiving, rounding
 from evidence.page import check, put
 
 
@@ -23,6 +23,7 @@ PROOFS = {
     "holding": holding.main,
     "overload": overload.main,
     "fuzz": fuzz.main,
+    "rounding": rounding.main,
     "rate search": lambda: printed(rate_search.run),
     "queue verdicts": lambda: printed(queue_verdicts.main),
 }

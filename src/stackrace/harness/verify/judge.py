@@ -33,6 +33,7 @@ from stackrace.harness.verify.questions import Questions
 Array = npt.NDArray[Any]
 
 TOPS = 64  # tokens kept of each greedy step
+NUDGES = 4  # further ways to round that are tried
 _GREEDY = Sampling(seed=0, temperature=0.0)
 _ROOM = 1.1  # times the weights: activations, and the keys and values of one sequence
 
@@ -47,7 +48,7 @@ class Judge:
         kind = "gqa" if isinstance(config.kv, Grouped) else "mha"
         model = Model(config, kind, questions.longest, dtype, device)
         weights.load(checkpoint, model.destinations())
-        self._questions = questions
+        self._questions, self._embed = questions, model.embed
         self._pages = cache.num_pages_for(max(map(len, questions.prompts)) + questions.greedy_tokens)  # of one prompt
         together = self._pages * len(questions.prompts)
         caches = cache.allocate(config, kind, max(together, cache.num_pages_for(questions.longest)), dtype, device)
@@ -58,6 +59,11 @@ class Judge:
         prefixes = self._questions.prefixes
         asked = (self._sequence(prefix, range(cache.num_pages_for(len(prefix)))) for prefix in prefixes)
         return np.stack([self._next([sequence])[0].cpu().numpy() for sequence in asked])
+
+    def nudge(self, seed: int) -> None:
+        """Every embedding one bfloat16 up or down, so that all that follows is rounded otherwise."""
+        up = torch.randint(2, self._embed.shape, generator=torch.Generator().manual_seed(seed))
+        self._embed.mul_(1 + (2 * up - 1).to(self._embed.device) * 2**-8)
 
     def outputs(self) -> dict[str, Array]:
         """Of each prompt and greedy step the token in `outputs`, and the likeliest in `tops` and `likely`."""
@@ -106,16 +112,29 @@ def _check_room(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
 
 
 def answers(checkpoint: Checkpoint, questions: Questions, device: torch.device) -> dict[str, Array]:
-    """`after` and `outputs` in float32, and `noise`: |what bfloat16 changes|, [prefixes, its likeliest tokens]."""
+    """`after` and `outputs` in float32, and |what bfloat16 changes|.
+
+    That is `noise` [prefixes, its likeliest tokens], and `roundings` [1 + NUDGES, prefixes], the mean over those tokens
+    as it is and with embeddings nudged: what rounding may do, an expert chosen otherwise included.
+    """
     exact = Judge(checkpoint, questions, device, torch.float32)
     right = {"after": exact.after(), **exact.outputs()}
     del exact  # and its memory given back, before the next one asks what is free
     gc.collect()
     torch.cuda.empty_cache()
-    rounded = Judge(checkpoint, questions, device, torch.bfloat16).after()
+    rounded = Judge(checkpoint, questions, device, torch.bfloat16)
+    changed = [_changed(rounded.after(), right["after"], questions)]
+    for seed in range(NUDGES):
+        rounded.nudge(seed)
+        changed.append(_changed(rounded.after(), right["after"], questions))
+    return {**right, "noise": changed[0], "roundings": np.stack(changed).mean(axis=-1)}
+
+
+def _changed(rounded: Array, right: Array, questions: Questions) -> Array:
+    """Of the tokens that are likeliest after rounding, [prefixes, logprobs]."""
     named = np.argsort(-rounded, axis=-1)[:, : questions.logprobs]
-    changed = np.take_along_axis(rounded, named, -1) - np.take_along_axis(right["after"], named, -1)
-    return {**right, "noise": np.abs(changed)}
+    changed: Array = np.abs(np.take_along_axis(rounded, named, -1) - np.take_along_axis(right, named, -1))
+    return changed
 
 
 def save(path: Path, arrays: dict[str, Array]) -> None:

@@ -35,6 +35,7 @@ class Reference(ABC):
 
     by: str  # whose they are
     noise: Floats | None = None  # |difference| that rounding to bfloat16 makes, [prefixes, likeliest tokens]
+    roundings: Floats | None = None  # means of the same for several ways to round, [ways, prefixes]
 
     @abstractmethod
     def after(self, prefix: int, tokens: Sequence[int]) -> Floats:
@@ -64,7 +65,7 @@ class Judged(Reference):
         self._after, self._outputs, self._tops, self._likely = (
             arrays[name] for name in ("after", "outputs", "tops", "likely")
         )
-        self.noise = arrays["noise"].astype(float)
+        self.noise, self.roundings = arrays["noise"].astype(float), arrays["roundings"].astype(float)
 
     def after(self, prefix: int, tokens: Sequence[int]) -> Floats:
         """Of any token of the vocabulary."""

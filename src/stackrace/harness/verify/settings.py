@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from stackrace.harness.errors import UsageError, require
 
 _COUNTS = ("prefixes", "shortest", "longest", "greedy", "greedy_tokens", "logprobs", "concurrency")
-_NUMBERS = ("mean_limit", "worst_limit", "gap_limit", "noise_factor", "timeout")
+_NUMBERS = ("mean_limit", "worst_limit", "gap_limit", "noise_factor", "far_factor", "timeout")
 _MOST = 20  # log-probabilities that servers tell
 
 
@@ -26,6 +26,7 @@ class Settings(NamedTuple):
     worst_limit: float
     gap_limit: float
     noise_factor: float
+    far_factor: float
     tail: float
     device: str
     timeout: float

@@ -38,6 +38,7 @@ class Limits(NamedTuple):
     mean: float
     usual: float  # mean without the tail
     worst: float  # of a prefix that is not counted as part of the tail
+    far: float | None  # of any prefix; None where it is not known what rounding may do
     gap: float
     tail: float
 
@@ -90,7 +91,7 @@ def compare(reference: Reference, answers: Answers, questions: Questions, settin
     mean, decoding = float(np.mean(after)), _decoding(reference, answers, partings)
     limits = limits_of(reference, settings)
     reasons = _reasons(ranked, settings.exact, decoding, partings, limits)
-    told = "; ".join(reasons) or f"mean |Δlogp| {mean:.2g} over {len(after)} prefixes"
+    told = "; ".join(reasons) or f"mean |Δlogp| {mean:.2g} over {len(after)} prefixes{_forgiven(ranked, limits)}"
     against = "" if reference.by == "the judge" else f", against {reference.by}"
     return Equivalence(
         verdict=DIFFERS if reasons else EQUAL,
@@ -113,11 +114,12 @@ def limits_of(reference: Reference, settings: Settings) -> Limits:
     otherwise, make single positions differ by much.
     """
     mean, worst, gap = settings.mean_limit, settings.worst_limit, settings.gap_limit
-    if reference.noise is None:
-        return Limits(mean, mean, worst, gap, settings.tail)
+    if reference.noise is None or reference.roundings is None:
+        return Limits(mean, mean, worst, None, gap, settings.tail)
     noise, factor = reference.noise.mean(axis=-1), settings.noise_factor
     usual, gap = factor * _usual(noise, settings.tail), max(gap, factor * float(reference.noise.max()))
-    return Limits(mean, usual, factor * float(noise.max()), gap, settings.tail)
+    far = settings.far_factor * float(reference.roundings.max())
+    return Limits(mean, usual, factor * float(noise.max()), far, gap, settings.tail)
 
 
 def _usual(differences: Sequence[float] | Floats, tail: float) -> float:
@@ -157,6 +159,11 @@ def _shown(prefixes: Sequence[Prefix]) -> str:
     return ", ".join(f"{p.difference:.2g} after {p.tokens} tokens" for p in prefixes[:_SHOWN])
 
 
+def _forgiven(ranked: Sequence[Prefix], limits: Limits) -> str:
+    beyond = [p for p in ranked if p.difference > limits.worst]
+    return f", {len(beyond)} far off ({_shown(beyond)})" if beyond else ""
+
+
 def _reasons(
     ranked: Sequence[Prefix],
     exact: Sequence[int],
@@ -175,6 +182,8 @@ def _reasons(
         reasons.append(f"{len(beyond)} of {len(ranked)} prefixes far off ({_shown(beyond)})")
     elif alike := _of_one_length(ranked, beyond, exact):
         reasons.append(f"every prefix of a length far off ({_shown(alike)})")
+    elif limits.far is not None and after[0] > limits.far:
+        reasons.append(f"{_shown(ranked[:1])}, beyond what rounding does ({limits.far:.2g})")
     if wrong := [p for p in partings if p.behind > limits.gap]:
         far = max(wrong, key=lambda p: p.behind)
         reasons.append(f"{len(wrong)} of the greedy outputs part at a token {far.behind:.2g} behind (step {far.step})")
