@@ -1,54 +1,59 @@
 """The scripts of published visits, as far as they decide something."""
 
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 PUBLISHED = Path(__file__).parents[1] / "results" / "published"
-BEST, TABLE = (PUBLISHED / "dsv2-lite" / name for name in ("best.py", "table.py"))
-GOOD = {"status": "ok", "equivalence": {"verdict": "equal"}, "validity": {"verdict": "valid"}}
+TABLE = PUBLISHED / "dsv2-lite" / "table.py"
 
-
-def best(folder, points):
-    """What best.py says of points (GPU, stack, concurrency, tokens per second, what differs from a good run)."""
-    for number, (gpu, stack, concurrency, throughput, changes) in enumerate(points):
-        run = folder / f"gpu{gpu}" / "tune" / str(number)
-        run.mkdir(parents=True)
-        point = {"stack": stack, "concurrency": concurrency}
-        summary = {"output_throughput": {"whole": throughput}}
-        (run / "run.json").write_text(json.dumps({**GOOD, "point": point, "summary": summary, **changes}))
-    command = [sys.executable, BEST, folder, "tune", "64,256", "a_hopper", "a_workers_hopper"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-
-def table(at_64, at_256, **changes):
-    """Both settings on two GPUs; the usual one streams 100 and 200."""
-    usual = [(gpu, "a", c, t, {}) for gpu in (0, 1) for c, t in ((64, 100), (256, 200))]
-    return usual + [(gpu, "a_workers", c, t, changes) for gpu in (0, 1) for c, t in ((64, at_64), (256, at_256))]
+lost_context = SimpleNamespace(**runpy.run_path(str(TABLE.with_name("lost_context.py"))))
 
 
 @pytest.mark.parametrize(
-    ("points", "expected"),
+    ("computed", "tokens", "lost"),
     [
-        (table(100, 214), "a_workers_hopper"),  # sqrt(1.07) = 1.034
-        (table(100, 210), "a_hopper"),  # sqrt(1.05) = 1.025: launches differ by as much
-        (table(90, 300), "a_workers_hopper"),
-        (table(90, 300, status="failed"), "a_hopper"),
-        (table(90, 300, equivalence={"verdict": "differs"}), "a_hopper"),
-        (table(90, 300, validity={"verdict": "invalid"}), "a_hopper"),
-        (table(200, 300)[:-1], "a_hopper"),  # it failed where the usual one did not
-        (table(100, 300)[4:], "a_hopper"),  # nothing to compare with
-        ([], "a_hopper"),
-        # where it does not count it may be no better, or missing
-        ([*table(100, 214), (0, "a", 1, 50, {}), (0, "a_workers", 1, 10, {})], "a_workers_hopper"),
-        ([*table(100, 214), (0, "a", 1, 50, {})], "a_workers_hopper"),
+        ([1000, 0], [600, 800], [0, 0]),  # who has a context comes first, having fewer tokens
+        ([1000, 0], [800, 600], [1000, 0]),
+        ([1000, 0], [801, 800], [1000, 0]),  # all but its last token
+        ([1000, 0], [800, 512], [0, 0]),  # 512 are a decode
+        ([1000, 2000, 0], [600, 900, 700], [0, 2000, 0]),
+        ([0, 0], [600, 700], [0, 0]),
+        ([1000, 2000], [600, 700], [0, 0]),
     ],
 )
-def test_another_setting_races_only_where_it_is_clearly_better(tmp_path, points, expected):
-    assert best(tmp_path, points) == expected
+def test_whose_context_a_step_loses(computed, tokens, lost):
+    requests = [lost_context.Request("", 4000, 1, c) for c in computed]
+    lost_context.mark(list(zip(requests, tokens, strict=True)), 512)
+    assert [r.lost for r in requests] == lost
+
+
+def test_a_step_is_filled_in_order_and_the_last_one_cut():
+    first, second, third = (lost_context.Request(name, n, 2) for name, n in (("a", 5000), ("b", 5000), ("c", 10)))
+    running, waiting = [], [first, second, third]
+    assert [(r.name, n) for r, n in lost_context.scheduled(running, waiting)] == [("a", 5000), ("b", 3192)]
+    first.computed, second.computed = 5000, 3192
+    assert [(r.name, n) for r, n in lost_context.scheduled(running, waiting)] == [("a", 1), ("b", 1808), ("c", 10)]
+
+
+def test_the_replay_finds_the_prefixes_that_vllm_got_wrong():
+    """In the order of how far off they were: run.json of h100-dsv2-lite and h100-attention-again."""
+    for backend, wrong in (("FLASH_ATTN_MLA", [8]), ("FLASHMLA, TRITON_MLA", [17, 8, 15])):
+        asked = lost_context.asked()
+        lost_context.replay(asked, 16, lost_context.DECODE[backend], 2)
+        lost = sorted((r for r in asked if r.lost), key=lambda r: -r.lost)
+        assert [int(r.name.split()[0]) for r in lost] == wrong
+    for backend, wrong in (("FLASH_ATTN_MLA", []), ("FLASHMLA, TRITON_MLA", [8])):  # the second visit asked once
+        asked = lost_context.asked(times=1)
+        lost_context.replay(asked, 16, lost_context.DECODE[backend], 2)
+        assert [int(r.name.split()[0]) for r in asked if r.lost] == wrong
+    told = json.loads(next(PUBLISHED.glob("h100-attention-again/runs/*/run.json")).read_bytes())["equivalence"]
+    assert [p["prefix"] for p in told["worst"]] == [17, 8, 15]
 
 
 @pytest.mark.parametrize("sweep", sorted(path.parent.name for path in PUBLISHED.glob("*/runs")))

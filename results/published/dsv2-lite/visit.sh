@@ -5,17 +5,19 @@
 #   visit.sh model                the seeded checkpoint, computed on the GPU into $MODELS, what is right to answer to the
 #                                 questions of `verify`, and the load generator's own error; in the background
 #   visit.sh trial BACKEND        one small point, in the background: that it starts, and its compilation is kept
-#   visit.sh race SECONDS NAME[,NAME] [...]   starts or goes on with sweeps (first, tune, mla_off, attention, context, rates,
-#                                 anchor: the point that every visit has), one after the other, in the background; waits
-#                                 that long and says where it is
+#   visit.sh mend                 a copy of vLLM beside it whose V2 model runner loses no context: what `mended` runs
+#   visit.sh race SECONDS NAME[,NAME] [...]   starts or goes on with sweeps (first, sglang, tune, mla_off, attention, context,
+#                                 rates, mended, anchor: the point that every visit has), one after the other, in the
+#                                 background; waits that long and says where it is
 #   visit.sh all                  everything that a visit of half an hour has room for, in the background; `wait all SECONDS`
 #                                 says where it is
 #   visit.sh wait NAME SECONDS    the end of a background step (model, trial-BACKEND, race-0), and what it printed last
 #   visit.sh state                GPU, clocks, power, processes: what stands beside every figure
 #   visit.sh pack PREFIX          results so far as PREFIX.00 ..., parts of a gzipped tar; without the prompts, which
 #                                 follow from the seed and whose hash stays
-#   visit.sh curate PREFIX        where there is a network again: PREFIX.* -> ../SWEEP/runs for each sweep, whole points
-#                                 only, without logs and with ~ for the home folder, and ../SWEEP/report.html
+#   visit.sh curate PREFIX [SWEEP ...]   where there is a network again: PREFIX.* -> ../SWEEP/runs for each sweep, whole points
+#                                 only, without logs and with ~ for the home folder, and ../SWEEP/report.html; what is
+#                                 published already is replaced where it is named
 #
 # With several GPUs, GPU=1 visit.sh race ... has GPU 1 and its share of the cores, and results to itself. What one has
 # compiled, the others find, as soon as its engine has stopped.
@@ -31,16 +33,18 @@ ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../../.." && pwd)
 
 unpacker() { STACKRACE_ENGINES=$WORK/engines bash "$WORK/unpack.sh" "$@"; } # the bundle's own
 site() { [ ! -e "$WORK/unpack.sh" ] || unpacker --path "$1"; }
-export VLLM_SITE=$(site vllm) SGLANG_SITE=$(site sglang)
+export VLLM_SITE=$(site vllm) SGLANG_SITE=$(site sglang) VLLM_MENDED_SITE=$WORK/engines/vllm-mended
 export FLASHINFER_WORKSPACE_BASE=$WORK/jit TVM_FFI_CACHE_DIR=$WORK/jit/tvm-ffi # both lock what they build
 export PYTHONPATH=$WORK/src/src:$WORK/engines/stackrace HYDRA_FULL_ERROR=1
 declare -A SWEEPS=(
-  [first]="sweep=$CARD-dsv2-lite backend=vllm_hopper,sglang_hopper,sglang_eager_hopper,sglang_mixed_hopper"
+  [first]="sweep=$CARD-dsv2-lite backend=vllm_hopper,vllm_v2_hopper,sglang_hopper"
+  [sglang]="sweep=$CARD-sglang backend=sglang_hopper,sglang_eager_hopper,sglang_mixed_hopper"
   [tune]="sweep=$CARD-tune backend=vllm_workers_hopper,vllm_hopper concurrency=64,256"
   [mla_off]="sweep=$CARD-mla-off backend=vllm_hopper,vllm_mha_hopper concurrency=1,4,16,64 common.kv_cache_memory_bytes=34359738368"
   [attention]="sweep=$CARD-attention backend=vllm_flashmla_hopper,sglang_flashmla_hopper,vllm_triton_hopper,sglang_triton_hopper,vllm_hopper,sglang_hopper concurrency=1,16,64"
   [context]="sweep=$CARD-context backend=vllm_hopper,sglang_hopper concurrency=1,16 lengths.input.tokens=1024,8192,32000 stop.rounds=2"
   [rates]="sweep=$CARD-rates backend=vllm_hopper,sglang_hopper arrival=poisson concurrency=null stop.requests=null stop.seconds=60 arrival.rate=4,8,16,24,32,40,48"
+  [mended]="sweep=$CARD-mended backend=vllm_mended_hopper concurrency=16,64,256"
   [anchor]="sweep=$CARD-anchor backend=vllm_hopper concurrency=16"
 )
 
@@ -100,13 +104,24 @@ stop() { # NAME: end a background step as Ctrl-C would, with what it started, an
     wait_for "$1" 60 >/dev/null
   done
 }
-in_turn() { # GPU: a repeat of every setting, GPU k's beginning with the k-th
-  local stacks=(vllm sglang sglang_eager sglang_mixed) order=() k
-  for k in 0 1 2 3; do order+=("first backend=${stacks[($1 + k) % 4]}_hopper repeat=$1"); done
+in_turn() { # GPU: a repeat of every setting, GPU k's beginning with the k-th, GPU 3's with the first again
+  local stacks=(vllm sglang vllm_v2) order=() k
+  for k in 0 1 2; do order+=("first backend=${stacks[($1 + k) % 3]}_hopper repeat=$1"); done
   go "$1" 500 "${order[@]}"
 }
-best() { # SWEEP, concurrencies, backends: the one that streamed most there
-  python3 "$VISIT/best.py" "$WORK/results" "$CARD-$1" "${@:2}" || echo "$3"
+mend() { # merges every prompt of a batch with its context, not only the first of them
+  [ ! -d "$VLLM_MENDED_SITE" ] || return 0
+  rm -rf "$VLLM_MENDED_SITE.partial"; cp -al "$VLLM_SITE" "$VLLM_MENDED_SITE.partial"
+  python3 - "$VLLM_MENDED_SITE.partial/vllm/model_executor/layers/attention/mla_attention.py" <<'PYTHON'
+import sys
+from pathlib import Path
+path = Path(sys.argv[1])
+text, wrong = path.read_text(), "prefill_query_start_loc_cpu[\n        num_prefills_with_context\n    ].item()"
+assert text.count(wrong) == 1, f"{path} is not as in vLLM 0.26.0"
+path.unlink()  # a hard link
+path.write_text(text.replace(wrong, "prefill_query_start_loc_cpu[-1].item()"))
+PYTHON
+  mv "$VLLM_MENDED_SITE.partial" "$VLLM_MENDED_SITE"
 }
 wait_for_model() {
   while is_running model; do sleep 1; done
@@ -125,6 +140,8 @@ run_model)
     out="$WORK/calibration.json" >"$WORK/calibrate.log" 2>&1 &
   python3 "$VISIT/judge.py" "$WORK" models="$MODELS" hardware="$CARD"
   wait ;;
+mend)
+  mend ;;
 trial)
   on_a_card; copy; in_background "trial-$2" bash "$VISIT/visit.sh" run_trial "${@:2}" ;;
 run_trial)
@@ -138,20 +155,19 @@ run_sweeps)
 all)
   on_a_card; copy; in_background all bash "$VISIT/visit.sh" run_all ;;
 run_all)
-  wait_for_model
+  mend; wait_for_model
   case $count in
   1) go 0 3600 "first repeat=0" mla_off rates context attention ;;
   2 | 3)
     (in_turn 0; go 0 3600 context attention) & (in_turn 1; go 1 3600 mla_off rates) & wait ;;
-  *) # the rest with the setting of SGLang that streams most where that differs
+  *)
     for k in 0 1 2 3; do in_turn $k & done; wait
-    sglang=$(best dsv2-lite 16,64,256 sglang_hopper sglang_eager_hopper sglang_mixed_hopper)
-    echo "$sglang goes on"
-    go 0 3600 "context backend=$sglang lengths.input.tokens=8192,32000 repeat=0" &
-    go 1 3600 "context backend=vllm_hopper lengths.input.tokens=8192,32000 repeat=0" &
-    go 2 3600 "rates backend=$sglang arrival.rate=32,40,24,48 repeat=0" &
-    go 3 3600 "attention sweep=$CARD-attention-again backend=vllm_flashmla_hopper,vllm_triton_hopper concurrency=16 repeat=0" \
-      "rates backend=vllm_hopper arrival.rate=32,40,24,48 repeat=0" & wait ;;
+    open="arrival.rate=32,24,40,16,48,8 repeat=0" long="lengths.input.tokens=8192,32000 repeat=0"
+    go 0 3600 "mended repeat=0" "context backend=sglang_hopper $long" &
+    go 1 3600 "context backend=vllm_hopper $long" \
+      "attention sweep=$CARD-attention-again backend=vllm_flashmla_hopper,vllm_triton_hopper concurrency=16 repeat=0" &
+    go 2 3600 "rates backend=sglang_hopper $open" &
+    go 3 3600 "rates backend=vllm_hopper $open" & wait ;;
   esac ;;
 wait)
   wait_for "$2" "$3" ;;
@@ -165,7 +181,9 @@ curate)
   published=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd); tmp=$(mktemp -d); cat "$2".* | tar -xz -C "$tmp"
   for sweep in $(cd "$tmp/results" && ls -d gpu*/*/ | xargs -n1 basename | sort -u); do
     runs=$(grep -l '"status": "ok"' "$tmp"/results/gpu*/"$sweep"/*/run.json || true); [ -n "$runs" ] || continue
-    there=$published/$sweep; rm -rf "$there/runs"; mkdir -p "$there/runs"
+    there=$published/$sweep
+    if [ -e "$there/runs" ] && [[ " ${*:3} " != *" $sweep "* ]]; then echo "$sweep is published: name it to replace it"; continue; fi
+    rm -rf "$there/runs"; mkdir -p "$there/runs"
     for run in $runs; do
       key=$(dirname "$run"); mkdir "$there/runs/${key##*/}"
       cp "$key"/{run.json,config.yaml,requests.parquet} "$there/runs/${key##*/}/"
@@ -176,5 +194,5 @@ curate)
   done
   rm -rf "$tmp" ;;
 *)
-  sed -n '2,24s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 2 ;;
+  sed -n '2,26s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 2 ;;
 esac

@@ -235,7 +235,7 @@ def _favourite(fought: Sequence[Duel]) -> str | None:
 def _alone(points: Sequence[Point], metric: Metric, statistic: str) -> str:
     held = [p for p in points if p.valid and p.value(metric.name, statistic) is not None]
     if not held:
-        return f"No valid point has a {name(metric, statistic)}: nothing to see yet."
+        return f"No valid point shows {name(metric, statistic)}: nothing to see yet."
     if len({p.stack for p in held}) > 1:
         return NO_COMPARISON
     low, high = (pick(held, key=lambda p: _own(p, metric, statistic)) for pick in (min, max))

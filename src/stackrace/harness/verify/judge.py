@@ -28,12 +28,12 @@ from stackrace.backends.mla.runner import Runner
 from stackrace.backends.mla.scheduler import Work
 from stackrace.backends.mla.sequence import Sampling, Sequence
 from stackrace.harness.errors import UsageError
-from stackrace.harness.verify.questions import Questions
+from stackrace.harness.verify.questions import Questions, Tokens
 
 Array = npt.NDArray[Any]
 
 TOPS = 64  # tokens kept of each greedy step
-NUDGES = 4  # further ways to round that are tried
+NUDGES, SHORT = 4, 256  # further ways to round that are tried, after prefixes of so many tokens at most
 _GREEDY = Sampling(seed=0, temperature=0.0)
 _ROOM = 1.1  # times the weights: activations, and the keys and values of one sequence
 
@@ -48,22 +48,22 @@ class Judge:
         kind = "gqa" if isinstance(config.kv, Grouped) else "mha"
         model = Model(config, kind, questions.longest, dtype, device)
         weights.load(checkpoint, model.destinations())
-        self._questions, self._embed = questions, model.embed
+        self._questions, self._model, self._embed = questions, model, model.embed
         self._pages = cache.num_pages_for(max(map(len, questions.prompts)) + questions.greedy_tokens)  # of one prompt
         together = self._pages * len(questions.prompts)
         caches = cache.allocate(config, kind, max(together, cache.num_pages_for(questions.longest)), dtype, device)
         self._runner = Runner(model, caches, device)
 
-    def after(self) -> Array:
+    def after(self, prefixes: Many[Tokens]) -> Array:
         """Log-probabilities of whatever follows each prefix, [prefixes, vocabulary]."""
-        prefixes = self._questions.prefixes
         asked = (self._sequence(prefix, range(cache.num_pages_for(len(prefix)))) for prefix in prefixes)
         return np.stack([self._next([sequence])[0].cpu().numpy() for sequence in asked])
 
     def nudge(self, seed: int) -> None:
-        """Every embedding one bfloat16 up or down, so that all that follows is rounded otherwise."""
+        """What tokens are looked up as, each number one bfloat16 up or down: all that follows is rounded otherwise."""
         up = torch.randint(2, self._embed.shape, generator=torch.Generator().manual_seed(seed))
-        self._embed.mul_(1 + (2 * up - 1).to(self._embed.device) * 2**-8)
+        moved = self._embed * (1 + (2 * up - 1).to(self._embed.device) * 2**-8)
+        self._model.embed = torch.nn.Parameter(moved.to(self._embed.dtype), requires_grad=False)
 
     def outputs(self) -> dict[str, Array]:
         """Of each prompt and greedy step the token in `outputs`, and the likeliest in `tops` and `likely`."""
@@ -114,20 +114,22 @@ def _check_room(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
 def answers(checkpoint: Checkpoint, questions: Questions, device: torch.device) -> dict[str, Array]:
     """`after` and `outputs` in float32, and |what bfloat16 changes|.
 
-    That is `noise` [prefixes, its likeliest tokens], and `roundings` [1 + NUDGES, prefixes], the mean over those tokens
-    as it is and with embeddings nudged: what rounding may do, an expert chosen otherwise included.
+    That is `noise` [prefixes, its likeliest tokens], and `roundings`, the means over those tokens, of short prefixes also
+    with embeddings nudged: what rounding may do, an expert chosen otherwise included.
     """
+    prefixes = questions.prefixes
     exact = Judge(checkpoint, questions, device, torch.float32)
-    right = {"after": exact.after(), **exact.outputs()}
+    right = {"after": exact.after(prefixes), **exact.outputs()}
     del exact  # and its memory given back, before the next one asks what is free
     gc.collect()
     torch.cuda.empty_cache()
     rounded = Judge(checkpoint, questions, device, torch.bfloat16)
-    changed = [_changed(rounded.after(), right["after"], questions)]
-    for seed in range(NUDGES):
+    noise = _changed(rounded.after(prefixes), right["after"], questions)
+    roundings, short = [noise], [i for i, prefix in enumerate(prefixes) if len(prefix) <= SHORT]
+    for seed in range(NUDGES if short else 0):
         rounded.nudge(seed)
-        changed.append(_changed(rounded.after(), right["after"], questions))
-    return {**right, "noise": changed[0], "roundings": np.stack(changed).mean(axis=-1)}
+        roundings.append(_changed(rounded.after([prefixes[i] for i in short]), right["after"][short], questions))
+    return {**right, "noise": noise, "roundings": np.concatenate(roundings).mean(axis=-1)}
 
 
 def _changed(rounded: Array, right: Array, questions: Questions) -> Array:

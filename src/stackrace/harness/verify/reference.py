@@ -35,7 +35,7 @@ class Reference(ABC):
 
     by: str  # whose they are
     noise: Floats | None = None  # |difference| that rounding to bfloat16 makes, [prefixes, likeliest tokens]
-    roundings: Floats | None = None  # means of the same for several ways to round, [ways, prefixes]
+    roundings: Floats | None = None  # means of the same after prefixes, in several ways to round
 
     @abstractmethod
     def after(self, prefix: int, tokens: Sequence[int]) -> Floats:
