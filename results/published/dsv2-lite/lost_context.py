@@ -12,15 +12,9 @@ from dataclasses import dataclass
 BUDGET, MOST = 8192, 256  # tokens and sequences of a step
 DECODE = {"FLASH_ATTN_MLA": 512, "FLASHMLA, TRITON_MLA": 1}  # tokens that are still a decode, beside decoding requests
 EXACT = (63, 64, 65, 129, 1024, 1100, 8300, 9000, 10000)  # lengths that conf/verify/on_gpu.yaml asks for
-PREFIXES, GREEDY = 32, (16, 40, 102, 256)  # prompts, which decode meanwhile
-LOADS = (
-    (1024, 1, 4),
-    (1024, 16, 4),
-    (1024, 64, 4),
-    (1024, 256, 4),
-    (8192, 16, 2),
-    (32000, 16, 2),
-)  # in, in flight, rounds
+PREFIXES, GREEDY = 32, (16, 40, 102, 256)  # and lengths of the prompts that decode meanwhile
+# of the closed loops that are published: tokens in, in flight, rounds
+LOADS = ((1024, 1, 4), (1024, 16, 4), (1024, 64, 4), (1024, 256, 4), (8192, 16, 2), (32000, 16, 2))
 
 
 @dataclass

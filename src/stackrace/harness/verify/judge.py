@@ -114,8 +114,8 @@ def _check_room(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
 def answers(checkpoint: Checkpoint, questions: Questions, device: torch.device) -> dict[str, Array]:
     """`after` and `outputs` in float32, and |what bfloat16 changes|.
 
-    That is `noise` [prefixes, its likeliest tokens], and `roundings`, the means over those tokens, of short prefixes also
-    with embeddings nudged: what rounding may do, an expert chosen otherwise included.
+    That is `noise` [prefixes, its likeliest tokens], and `roundings`, the means over those tokens, after short prefixes
+    also with embeddings nudged: what rounding may do, an expert chosen otherwise included.
     """
     prefixes = questions.prefixes
     exact = Judge(checkpoint, questions, device, torch.float32)
