@@ -11,7 +11,7 @@
 #                                 background; waits that long and says where it is
 #   visit.sh all                  everything that a visit of half an hour has room for, in the background; `wait all SECONDS`
 #                                 says where it is
-#   visit.sh wait NAME SECONDS    the end of a background step (model, trial-BACKEND, race-0), and what it printed last
+#   visit.sh wait NAME SECONDS    the end of a background step (model, calibrate, trial-BACKEND, race-0), and what it printed last
 #   visit.sh state                GPU, clocks, power, processes: what stands beside every figure
 #   visit.sh pack PREFIX          results so far as PREFIX.00 ..., parts of a gzipped tar; without the prompts, which
 #                                 follow from the seed and whose hash stays
@@ -124,7 +124,7 @@ PYTHON
   mv "$VLLM_MENDED_SITE.partial" "$VLLM_MENDED_SITE"
 }
 wait_for_model() {
-  while is_running model; do sleep 1; done
+  while is_running model || is_running calibrate; do sleep 1; done
   [ -d "$MODELS/dsv2_lite-seed0" ] || { tail -3 "$WORK/model.log" >&2; exit 1; }
 }
 
@@ -132,14 +132,14 @@ case ${1:-} in
 unpack)
   mkdir -p "$WORK" && cp "$3/unpack.sh" "$WORK/" && unpacker "$2" "$3" ;;
 model)
-  copy; mkdir -p "$MODELS"; in_background model bash "$VISIT/visit.sh" run_model ;;
+  copy; mkdir -p "$MODELS"; in_background model bash "$VISIT/visit.sh" run_model
+  in_background calibrate bash "$VISIT/visit.sh" run_calibrate ;;
 run_model)
   [ -d "$MODELS/dsv2_lite-seed0" ] ||
     python3 -m stackrace model make dsv2_lite --seed 0 --out "$MODELS/dsv2_lite-seed0" --device "${DEVICE:-cuda}"
-  GPU=$((count - 1)) alone python3 -m stackrace calibrate ladder=quick hardware="$CARD" \
-    out="$WORK/calibration.json" >"$WORK/calibrate.log" 2>&1 &
-  python3 "$VISIT/judge.py" "$WORK" models="$MODELS" hardware="$CARD"
-  wait ;;
+  python3 "$VISIT/judge.py" "$WORK" models="$MODELS" hardware="$CARD" ;;
+run_calibrate)
+  GPU=$((count - 1)) alone python3 -m stackrace calibrate ladder=quick hardware="$CARD" out="$WORK/calibration.json" ;;
 mend)
   mend ;;
 trial)
@@ -180,7 +180,7 @@ pack) # what runs may grow meanwhile: tar's exit code 1
 curate)
   published=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd); tmp=$(mktemp -d); cat "$2".* | tar -xz -C "$tmp"
   for sweep in $(cd "$tmp/results" && ls -d gpu*/*/ | xargs -n1 basename | sort -u); do
-    runs=$(grep -l '"status": "ok"' "$tmp"/results/gpu*/"$sweep"/*/run.json || true); [ -n "$runs" ] || continue
+    runs=$(grep -ls '"status": "ok"' "$tmp"/results/gpu*/"$sweep"/*/run.json || true); [ -n "$runs" ] || continue
     there=$published/$sweep
     if [ -e "$there/runs" ] && [[ " ${*:3} " != *" $sweep "* ]]; then echo "$sweep is published: name it to replace it"; continue; fi
     rm -rf "$there/runs"; mkdir -p "$there/runs"

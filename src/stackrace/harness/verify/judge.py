@@ -61,7 +61,7 @@ class Judge:
 
     def nudge(self, seed: int) -> None:
         """What tokens are looked up as, each number one bfloat16 up or down: all that follows is rounded otherwise."""
-        up = torch.randint(2, self._embed.shape, generator=torch.Generator().manual_seed(seed))
+        up = torch.randint(2, self._embed.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.int8)
         moved = self._embed * (1 + (2 * up - 1).to(self._embed.device) * 2**-8)
         self._model.embed = torch.nn.Parameter(moved.to(self._embed.dtype), requires_grad=False)
 
