@@ -20,6 +20,7 @@ from stackrace.harness.verify.naming import Names
 from stackrace.harness.verify.questions import draw
 
 WAYS, KNOWN, SEEDS = 9, 1 + judge.NUDGES, 10
+LIMITS = (2.5, 5, 10)  # noise_factor, far_factor, and twice that
 SHORT = SETTINGS._replace(prefixes=32, exact=[63, 64, 65, 129])
 WEIGHTS = {
     "`tiny`": {},
@@ -55,7 +56,7 @@ def main():
         with tempfile.TemporaryDirectory() as folder:
             weights = checkpoint.make(published("tiny") | changes, Path(folder) / "model", 0, 1 << 30, "cpu")
             found = np.array([r for seed in range(SEEDS) for r in ratios(farthest(weights, seed))])
-        shares = [f"{np.mean(found > limit):.2%}" for limit in (2.5, 5, SHORT.far_factor)]
+        shares = [f"{np.mean(found > limit):.2%}" for limit in LIMITS]
         rows.append([name, f"{np.median(found):.2f}", f"{found.max():.1f}", *shares])
-    limits = [f"above {limit:g}" for limit in (2.5, 5, SHORT.far_factor)]
+    limits = [f"above {limit:g}" for limit in LIMITS]
     return table(["weights", f"one way to {KNOWN} others, median", "largest", *limits], rows)
