@@ -134,8 +134,8 @@ def test_a_length_that_is_always_wrong_is_found(lengths: list[int], off: list[in
 
 def test_lengths_that_are_wanted_are_asked_twice(tiny: World) -> None:
     lengths = [len(prefix) for prefix in tiny.questions.prefixes]
-    assert lengths[:8] == [*SETTINGS.exact, *SETTINGS.exact]
-    assert len(set(tiny.questions.prefixes[:8])) == 8
+    assert lengths[:6] == [*SETTINGS.exact, *SETTINGS.exact]
+    assert len(set(tiny.questions.prefixes[:6])) == 6
     assert prefix_lengths(SETTINGS._replace(prefixes=6), 650) == [64, 65, 600, 64, 65, 600]
 
 
@@ -247,7 +247,7 @@ def test_questions_are_seeded_fit_and_hold_no_special_token() -> None:
     assert [len(p) for p in asked.prefixes[:5]] == [64, 65, 64, 65, 16]
     assert len(asked.prefixes) == SETTINGS.prefixes
     assert {t for p in (*asked.prefixes, *asked.prompts) for t in p} == set(usable)
-    assert max(map(len, draw(SETTINGS, usable, None).prefixes)) == 700
+    assert max(map(len, draw(SETTINGS, usable, None).prefixes)) == 600
 
 
 def choice(**fields: Any) -> dict[str, Any]:
