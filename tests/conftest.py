@@ -158,3 +158,19 @@ def mock_engine(compose, tmp_path, tmp_path_factory, lasting_mocks):
 
     yield start
     own.close()
+
+
+@pytest.fixture
+def write(tmp_path):
+    """`write("a", ttft=20)` -> the folder of a run for a report, made rather than raced."""
+    from report_kit import writer
+
+    return writer(tmp_path / "results")
+
+
+@pytest.fixture
+def points(tmp_path):
+    """`points()` -> the points of what `write` has written."""
+    from report_kit import points_of
+
+    return lambda: points_of(tmp_path / "results")

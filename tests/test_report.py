@@ -9,7 +9,7 @@ from dataclasses import replace
 from html import unescape
 
 import pytest
-from report_kit import OUTPUT, points_of, writer
+from report_kit import OUTPUT
 from rich.console import Console
 
 from stackrace.harness.errors import UsageError
@@ -24,16 +24,6 @@ from stackrace.harness.report.tips import tip
 from stackrace.harness.store import find_runs, read_run
 
 EVIL = "<script>alert(1)</script>&<b>x</b>"
-
-
-@pytest.fixture
-def write(tmp_path):
-    return writer(tmp_path / "results")
-
-
-@pytest.fixture
-def points(tmp_path):
-    return lambda: points_of(tmp_path / "results")
 
 
 @pytest.fixture

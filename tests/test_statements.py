@@ -3,20 +3,7 @@
 import re
 from dataclasses import replace
 
-import pytest
-from report_kit import points_of, writer
-
 from stackrace.harness.report.statements import frontier_sentence, headline, leader, sentence
-
-
-@pytest.fixture
-def write(tmp_path):
-    return writer(tmp_path / "results")
-
-
-@pytest.fixture
-def points(tmp_path):
-    return lambda: points_of(tmp_path / "results")
 
 
 def test_the_lead_is_told_with_its_ratio_and_place(write, points):

@@ -122,7 +122,7 @@ def lost_page(monkeypatch: pytest.MonkeyPatch, *where: str) -> Iterator[Callable
         is_context = start == 0 and stop > 64 and sequence.num_computed > 0
         if is_context and "once" in where:
             is_lost = len(sequence.prompt) > 512 and sequence.id == lost.setdefault("id", sequence.id)
-            return found[:64].repeat(stop // 64 + 1)[:stop] if is_context and is_lost else found
+            return found[:64].repeat(stop // 64 + 1)[:stop] if is_lost else found
         return torch.cat([found[:64], found[: stop - 64][:64], found[128:]]) if is_context else found
 
     with monkeypatch.context() as patch:

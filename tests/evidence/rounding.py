@@ -37,7 +37,7 @@ def farthest(weights, seed):
     for way in range(WAYS):
         if way:
             rounded.nudge(way)
-        ways.append(judge._changed(rounded.after(questions.prefixes), right, questions).mean(axis=-1).max())
+        ways.append(judge.changed(rounded.after(questions.prefixes), right, questions).mean(axis=-1).max())
     return ways
 
 

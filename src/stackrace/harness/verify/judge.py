@@ -124,19 +124,19 @@ def answers(checkpoint: Checkpoint, questions: Questions, device: torch.device) 
     gc.collect()
     torch.cuda.empty_cache()
     rounded = Judge(checkpoint, questions, device, torch.bfloat16)
-    noise = _changed(rounded.after(prefixes), right["after"], questions)
+    noise = changed(rounded.after(prefixes), right["after"], questions)
     roundings, short = [noise], [i for i, prefix in enumerate(prefixes) if len(prefix) <= SHORT]
     for seed in range(NUDGES if short else 0):
         rounded.nudge(seed)
-        roundings.append(_changed(rounded.after([prefixes[i] for i in short]), right["after"][short], questions))
+        roundings.append(changed(rounded.after([prefixes[i] for i in short]), right["after"][short], questions))
     return {**right, "noise": noise, "roundings": np.concatenate(roundings).mean(axis=-1)}
 
 
-def _changed(rounded: Array, right: Array, questions: Questions) -> Array:
+def changed(rounded: Array, right: Array, questions: Questions) -> Array:
     """Of the tokens that are likeliest after rounding, [prefixes, logprobs]."""
     named = np.argsort(-rounded, axis=-1)[:, : questions.logprobs]
-    changed: Array = np.abs(np.take_along_axis(rounded, named, -1) - np.take_along_axis(right, named, -1))
-    return changed
+    difference: Array = np.abs(np.take_along_axis(rounded, named, -1) - np.take_along_axis(right, named, -1))
+    return difference
 
 
 def save(path: Path, arrays: dict[str, Array]) -> None:

@@ -159,8 +159,12 @@ def _shown(prefixes: Sequence[Prefix]) -> str:
     return ", ".join(f"{p.difference:.2g} after {p.tokens} tokens" for p in prefixes[:_SHOWN])
 
 
+def _beyond(ranked: Sequence[Prefix], limits: Limits) -> list[Prefix]:
+    return [p for p in ranked if p.difference > limits.worst]
+
+
 def _forgiven(ranked: Sequence[Prefix], limits: Limits) -> str:
-    beyond = [p for p in ranked if p.difference > limits.worst]
+    beyond = _beyond(ranked, limits)
     return f", {len(beyond)} far off ({_shown(beyond)})" if beyond else ""
 
 
@@ -177,7 +181,7 @@ def _reasons(
         mean = float(np.mean(differences))
         if mean > limits.mean or _usual(differences, limits.tail) > limits.usual:
             reasons.append(f"mean |Δlogp| {mean:.2g} {where}")
-    beyond = [p for p in ranked if p.difference > limits.worst]
+    beyond = _beyond(ranked, limits)
     if len(beyond) > max(1, limits.tail * len(ranked)):
         reasons.append(f"{len(beyond)} of {len(ranked)} prefixes far off ({_shown(beyond)})")
     elif alike := _of_one_length(ranked, beyond, exact):
