@@ -42,7 +42,7 @@ def test_a_step_is_filled_in_order_and_the_last_one_cut():
 
 
 def test_the_replay_finds_the_prefixes_that_vllm_got_wrong():
-    """In the order of how far off they were: run.json of h100-dsv2-lite and h100-attention-again."""
+    """In the order of how far off they were: run.json of h100-dsv2-lite (vllm_v2) and h100-lost-context."""
     for backend, wrong in (("FLASH_ATTN_MLA", [8]), ("FLASHMLA, TRITON_MLA", [17, 8, 15])):
         asked = lost_context.asked()
         lost_context.replay(asked, 16, lost_context.DECODE[backend], 2)
@@ -52,8 +52,30 @@ def test_the_replay_finds_the_prefixes_that_vllm_got_wrong():
         asked = lost_context.asked(times=1)
         lost_context.replay(asked, 16, lost_context.DECODE[backend], 2)
         assert [int(r.name.split()[0]) for r in asked if r.lost] == wrong
-    told = json.loads(next(PUBLISHED.glob("h100-attention-again/runs/*/run.json")).read_bytes())["equivalence"]
-    assert [p["prefix"] for p in told["worst"]] == [17, 8, 15]
+    second_runner = [told for stack, told in equivalence("h100-dsv2-lite") if stack == "vllm_v2"]
+    assert [told["verdict"] for told in second_runner] == ["differs"] * 16
+    assert all(worst(told, told["limits"]["far"]) == [8] for told in second_runner)
+    ((_, told),) = equivalence("h100-lost-context")
+    assert worst(told, 0) == [17, 8, 15]
+
+
+@pytest.mark.parametrize("sweep", ["dsv2-lite", "mended", "attention-again", "context", "rates"])
+def test_nobody_else_loses_contexts(sweep):
+    """None of these launches is beyond any limit, long prompts included."""
+    right = [told for stack, told in equivalence(f"h100-{sweep}") if stack != "vllm_v2"]
+    assert right
+    assert all(told["verdict"] == "equal" and not worst(told, told["limits"]["worst"]) for told in right)
+
+
+def equivalence(sweep):
+    """Stack and what was found of its launch, for every point."""
+    runs = [json.loads(path.read_bytes()) for path in PUBLISHED.glob(f"{sweep}/runs/*/run.json")]
+    return [(run["point"]["stack"], run["equivalence"]) for run in runs]
+
+
+def worst(told, limit):
+    """The worst prefixes, as far as they are beyond the limit."""
+    return [p["prefix"] for p in told["worst"] if p["difference"] > limit]
 
 
 @pytest.mark.parametrize("sweep", sorted(path.parent.name for path in PUBLISHED.glob("*/runs")))

@@ -98,7 +98,7 @@ def test_one_prefix_that_rounding_cannot_explain_is_found(tiny: World, monkeypat
     assert found.limits is not None
     assert found.worst[0].difference > found.limits.far > found.limits.worst / 2 > found.worst[1].difference
     assert found.words.endswith(
-        f"{found.worst[0].difference:.2g} after {found.worst[0].tokens} tokens, "
+        f"mean |Δlogp| {found.worst[0].difference:#.2g} after {found.worst[0].tokens} tokens, "
         f"beyond what rounding does ({found.limits.far:.2g})"
     )
 
@@ -112,8 +112,8 @@ def test_swapped_experts_are_found(expert: World) -> None:
     ("lengths", "off", "expected"),
     [
         # of other lengths: what rounding may do
-        ([*range(11, 51), *range(11, 31)], [3, 23, 24], "equal: mean |Δlogp| 0.02 over 60 prefixes, 3 far off (0.4 a"),
-        ([*range(11, 51), *range(11, 31)], [3, 43], "computes something else: every prefix of a length far off (0.4 a"),
+        ([*range(11, 51), *range(11, 31)], [3, 23, 24], "equal: mean |Δlogp| 0.02 over 60 prefixes, 3 far off (0.40 "),
+        ([*range(11, 51), *range(11, 31)], [3, 43], "computes something else: every prefix of a length far off (0.40 "),
         ([*range(11, 51), *range(11, 31)], [9, 49], "equal"),  # 20 tokens: a length that came up twice by chance
         ([*range(11, 51), *range(11, 31)], [3, 23, 24, 25], "computes something else: 4 of 60 prefixes far off"),
         ([*range(11, 41), 14, 14], [3], "equal"),

@@ -156,7 +156,7 @@ def _of_one_length(ranked: Sequence[Prefix], beyond: Sequence[Prefix], exact: Se
 
 
 def _shown(prefixes: Sequence[Prefix]) -> str:
-    return ", ".join(f"{p.difference:.2g} after {p.tokens} tokens" for p in prefixes[:_SHOWN])
+    return ", ".join(f"{p.difference:#.2g} after {p.tokens:,} tokens" for p in prefixes[:_SHOWN])
 
 
 def _beyond(ranked: Sequence[Prefix], limits: Limits) -> list[Prefix]:
@@ -187,7 +187,7 @@ def _reasons(
     elif alike := _of_one_length(ranked, beyond, exact):
         reasons.append(f"every prefix of a length far off ({_shown(alike)})")
     elif limits.far is not None and after[0] > limits.far:
-        reasons.append(f"{_shown(ranked[:1])}, beyond what rounding does ({limits.far:.2g})")
+        reasons.append(f"mean |Δlogp| {_shown(ranked[:1])}, beyond what rounding does ({limits.far:.2g})")
     if wrong := [p for p in partings if p.behind > limits.gap]:
         far = max(wrong, key=lambda p: p.behind)
         reasons.append(f"{len(wrong)} of the greedy outputs part at a token {far.behind:.2g} behind (step {far.step})")
