@@ -29,13 +29,13 @@ def test_the_truth_of_the_mock_is_recovered(mock_engine, load, ask, tokens_per_e
     service = 0.05 + 0.01 * (events - 1)
     due = [i * service / 64 for i in range(n)]  # 64 streams at once, evenly spread
     schedule = ask(n, tokens, due)
-    for _ in range(5):  # the first of five that is right: another process may hold a core
+    right = pytest.approx(50 * MS, abs=0.5 * MS)
+    for _ in range(5):  # another process may hold a core
         records, health = load(endpoint, schedule)
         found = summarize(rows(records, schedule), {})
-        if found["ttft"]["p50"] == pytest.approx(50 * MS, abs=0.5 * MS):
+        if found["ttft"]["p50"] == right:
             break
-    else:
-        pytest.fail(f"TTFT p50 {found['ttft']['p50']}")
+    assert found["ttft"]["p50"] == right
     assert found["tpot"]["p50"] == pytest.approx(10 * MS / tokens_per_event, abs=0.5 * MS)
     assert found["itl"]["p50"] == pytest.approx(10 * MS, abs=0.5 * MS)
     whole = due[-1] + service

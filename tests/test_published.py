@@ -8,11 +8,16 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from test_validity import row
+
+from stackrace.harness.observed import Observed
+from stackrace.harness.records import frame
 
 PUBLISHED = Path(__file__).parents[1] / "results" / "published"
 TABLE = PUBLISHED / "dsv2-lite" / "table.py"
 
 lost_context = SimpleNamespace(**runpy.run_path(str(TABLE.with_name("lost_context.py"))))
+halves = SimpleNamespace(**runpy.run_path(str(TABLE.with_name("halves.py"))))
 
 
 @pytest.mark.parametrize(
@@ -98,3 +103,16 @@ def test_a_table_by_hand(tmp_path):
     told = subprocess.run([sys.executable, TABLE, tmp_path], capture_output=True, text=True, check=True).stdout
     spread = "30.5 (30.5 to 30.5) | 1,250 (1,250 to 1,250)"
     assert told.splitlines()[2:] == [f"| 1,024 | 16 | a | 2 | 1,117 (1,000 to 1,234) | {spread} | {spread} | 322 | - |"]
+
+
+def test_halves_by_hand():
+    """First tokens after 0.2, 0.1, 0.3 and 0.6 s, second ones 0.01 s and once 0.06 s later; not in the order asked."""
+    asked = [(3, 0.2, 0.01), (0, 0.1, 0.01), (1, 0.3, 0.06), (2, 0.6, 0.01)]
+    rows = [row(i, due, first=first, service=first + gap, tokens=2) for i, (due, first, gap) in enumerate(asked)]
+    assert halves.cells(Observed(frame(rows))) == ["0.20, 0.40", "50%, 50%", "25.0%", "25.0%", "0%"]
+
+
+def test_the_time_in_which_more_are_in_flight_than_run():
+    """300 requests of 1 s at once, one more 4 s later: a quarter of the time."""
+    rows = [row(i, 0.0 if i < 300 else 4.0, service=1.0) for i in range(301)]
+    assert halves.cells(Observed(frame(rows)))[-1] == "25%"
